@@ -1,0 +1,52 @@
+"""Outcomes: the truth about predictions, reported later and put on the same record."""
+
+import time
+from collections.abc import Sequence
+from datetime import UTC
+from uuid import UUID
+
+import msgspec
+
+from phoenix_ml.application.ports import Journal
+from phoenix_ml.domain.errors import BatchTooLarge, InvalidField
+from phoenix_ml.domain.events import OutcomeReported
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.predictions import Feedback
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def report_outcomes(journal: Journal, feedback: Sequence[Feedback], *, limit: int) -> int:
+    """How many outcomes were put on record: all, or none when one of them is not valid.
+
+    An outcome may come before its prediction's row is in the log, and more than one may come: the one
+    observed last counts. Raises InvalidField, naming the position, BatchTooLarge and JournalFull.
+    """
+    if not feedback:
+        raise InvalidField("the list is empty: give at least one outcome", field="prediction_id")
+    if len(feedback) > limit:
+        raise BatchTooLarge(f"{len(feedback)} outcomes were sent, the limit is {limit}", limit=limit)
+    now_ms = time.time_ns() // 1_000_000
+    entries = []
+    for position, item in enumerate(feedback):
+        observed_at_ms = now_ms
+        if item.observed_at is not None:
+            at = item.observed_at if item.observed_at.tzinfo else item.observed_at.replace(tzinfo=UTC)
+            observed_at_ms = int(at.timestamp() * 1000)
+        event = OutcomeReported(
+            new_id(), _uuid(item.prediction_id, position), item.outcome, observed_at_ms, now_ms
+        )
+        entries.append((_encode(event), b"", b""))
+    journal.append(entries)
+    return len(entries)
+
+
+def _uuid(text: str, position: int) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise InvalidField(
+            f"outcome {position}: {text[:60]!r} is not a prediction id",
+            field="prediction_id",
+            position=position,
+        ) from None

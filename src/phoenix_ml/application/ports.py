@@ -1,0 +1,294 @@
+"""What the use cases need from the world outside. The docstrings are the contracts; one suite a port
+in ``tests/contracts`` runs over every adapter.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from phoenix_ml.domain.events import Event, PredictionMade
+from phoenix_ml.domain.features import FeatureType, StoredFeatures
+from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
+from phoenix_ml.domain.routing import Routing
+from phoenix_ml.domain.rows import Column, Outputs, Rows, Scalar
+
+
+class Engine(Protocol):
+    """One loaded version. It runs one batch at a time and knows no queue; any thread may call it."""
+
+    device: str
+
+    def run(self, rows: Rows) -> Outputs:
+        """One result a row, in order. Raises InferenceFailed with the runtime's own words."""
+        ...
+
+
+class Engines(Protocol):
+    """Makes engines from artifacts."""
+
+    def inspect(self, artifact: Path, hints: "ModelHints") -> Metadata:
+        """What the artifact itself says: signature, task, class labels, output roles.
+
+        Refuses what is unsafe or cannot run. Raises ModelRefused with the runtime's own words.
+        """
+        ...
+
+    def load(self, artifact: Path, metadata: Metadata) -> Engine:
+        """An engine that is ready to run. Raises ModelRefused with the runtime's own words."""
+        ...
+
+
+class ModelHints(Struct, frozen=True):
+    """What whoever registers a model knows of it that the graph may not say."""
+
+    task: str | None = None
+    feature_names: tuple[str, ...] = ()
+
+
+class FeatureStore(Protocol):
+    """The latest feature values of entities.
+
+    Every method raises FeatureStoreUnavailable, naming the store, when the store is down or misses
+    its deadline; a store that is down is asked again in the background, not by each caller.
+    """
+
+    name: str
+
+    async def read(self, entity_id: str, types: Mapping[str, FeatureType]) -> StoredFeatures | None:
+        """At least those of the named features that are stored, in the types given; None for an unknown entity.
+
+        A value that is not of its type comes back as text, so that the contract can name it. NaN is
+        no value: such a feature is absent.
+        """
+        ...
+
+    async def read_all(self, entity_id: str) -> StoredFeatures | None:
+        """All that is stored for the entity, or None. Values come back equal to what was written."""
+        ...
+
+    async def write(self, entities: Mapping[str, Mapping[str, Scalar | None]], at_ms: int) -> None:
+        """Merges features into entities, each entity as one atomic step; None removes a feature.
+
+        A write that covers all features an entity has sets its ``updated_at_ms``; one that covers a
+        part sets ``at_ms`` of what it wrote. An entity without features is unknown.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Returns when the store answers."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class StoredArtifact(Struct, frozen=True):
+    """Where an artifact lies, under its digest; ``is_new`` when this call put it there."""
+
+    uri: str
+    sha256: str
+    is_new: bool
+
+
+class ArtifactStore(Protocol):
+    """Immutable files under their SHA-256."""
+
+    def put(self, source: Path) -> StoredArtifact:
+        """A copy of the file. Putting the same bytes again is a no-op."""
+        ...
+
+    def fetch(self, uri: str, sha256: str) -> Path:
+        """A local file with exactly these bytes.
+
+        Raises ModelLoadFailed, with path and digests, when it is gone or damaged, or when the URI
+        leads out of the store.
+        """
+        ...
+
+    def remove(self, uri: str) -> None:
+        """Forgets an artifact that no version refers to."""
+        ...
+
+
+class AuditEntry(Struct, frozen=True):
+    """Who did what to which model, and when."""
+
+    at_ms: int
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]
+
+
+class Registry(Protocol):
+    """Versions, their stages and routings. Every change is one transaction that also writes the audit
+    log and raises the revision. Raises DatabaseUnavailable when the database is.
+    """
+
+    def add(self, version: ModelVersion, actor: str) -> None:
+        """Raises VersionConflict if the version exists."""
+        ...
+
+    def get(self, model_id: str, version: str) -> ModelVersion:
+        """Raises ModelUnknown or VersionUnknown."""
+        ...
+
+    def list_versions(self, model_id: str | None = None) -> list[ModelVersion]:
+        """Versions sorted by model, then precedence. Raises ModelUnknown for a model without any."""
+        ...
+
+    def set_stage(self, model_id: str, version: str, stage: Stage, actor: str) -> ModelVersion:
+        """The version in its new stage. Raises StageConflict for what is no legal promotion."""
+        ...
+
+    def set_active(self, model_id: str, version: str, active: bool, actor: str) -> ModelVersion:
+        """The version as it is now. Raises RoutingConflict when a routing still names a version that
+        is to be deactivated.
+        """
+        ...
+
+    def routings(self) -> dict[str, Routing]:
+        """The routings that were set, by model."""
+        ...
+
+    def set_routing(self, model_id: str, routing: Routing, actor: str) -> None:
+        """Raises VersionUnknown and VersionInactive for arms that cannot answer."""
+        ...
+
+    def clear_routing(self, model_id: str, actor: str) -> None:
+        """The default routing applies again."""
+        ...
+
+    def revision(self) -> int:
+        """A number that grows with every change; cheap, for polling."""
+        ...
+
+    def audit(self, limit: int = 100) -> list[AuditEntry]:
+        """The newest entries first."""
+        ...
+
+
+class Meter(Protocol):
+    """Counts what the use cases do; each call costs well under a microsecond."""
+
+    def answered(self, event: PredictionMade, feature_read_s: float | None, inference_s: float) -> None:
+        """One prediction was made; ``feature_read_s`` is None when no store was asked."""
+        ...
+
+    def shadow_failed(self, model_id: str, version: str, code: str) -> None: ...
+
+    def loaded(self, model_id: str, version: str, load_s: float) -> None: ...
+
+    def load_failed(self, model_id: str, version: str) -> None: ...
+
+
+class Journal(Protocol):
+    """The record that is written before the answer. See ``infrastructure/events/journal.py``."""
+
+    def append(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
+        """Puts events on record, all or none; each is (payload, schema digest, schema).
+
+        A schema is written once a segment, before the first event that needs it. Raises JournalFull.
+        """
+        ...
+
+
+class RecordedEvent(Struct, frozen=True):
+    """An event read back, as its bytes too, and the columns that its inputs were packed by."""
+
+    event: Event
+    payload: bytes
+    columns: tuple[Column, ...] = ()
+
+
+class UnreadableEvent(Struct, frozen=True):
+    """Bytes that hold no event, and why."""
+
+    payload: bytes
+    reason: str
+
+
+class EventSource(Protocol):
+    """Recorded events, at least once and in order for each process that made them."""
+
+    def read(self, max_events: int) -> list[RecordedEvent | UnreadableEvent]:
+        """The next events; empty when there are none now."""
+        ...
+
+    def commit(self) -> None:
+        """All that was read is stored for good and need not come again."""
+        ...
+
+
+class PredictionQuery(Struct, frozen=True):
+    """Which predictions to list, newest first. ``cursor`` is what the previous page returned."""
+
+    model_id: str | None = None
+    model_version: str | None = None
+    entity_id: str | None = None
+    since_ms: int | None = None
+    until_ms: int | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+class LoggedPrediction(Struct, frozen=True):
+    """A row of the prediction log, with the latest outcome that was reported for it."""
+
+    id: str
+    seq: int
+    model_id: str
+    model_version: str
+    features: dict[str, Any]
+    result: Any
+    confidence: float | None
+    probabilities: list[float] | None
+    latency_ms: float
+    created_at_ms: int
+    entity_id: str | None
+    request_id: str
+    route: dict[str, Any]
+    feature_sources: str | dict[str, str]
+    sha256: str
+    batch_size: int
+    batch_position: int
+    inputs: bytes
+    outcome: Any = None
+    outcome_at_ms: int | None = None
+
+
+class UnmatchedOutcome(Struct, frozen=True):
+    """An outcome whose prediction is not in the log."""
+
+    id: str
+    prediction_id: str
+    outcome: Any
+    observed_at_ms: int
+    received_at_ms: int
+
+
+class PredictionLog(Protocol):
+    """Predictions and outcomes for good, each id once. Raises DatabaseUnavailable when the database is."""
+
+    def write(self, events: Sequence[RecordedEvent]) -> int:
+        """How many rows were new. One transaction, durable when it returns; ids already there are left
+        as they are. Raises EventRejected (a ValueError) when a row cannot be stored at all.
+        """
+        ...
+
+    def get(self, prediction_id: str) -> LoggedPrediction:
+        """Raises PredictionUnknown."""
+        ...
+
+    def page(self, query: PredictionQuery) -> tuple[list[LoggedPrediction], str | None]:
+        """A page and the cursor of the next one, None at the end."""
+        ...
+
+    def unmatched_outcomes(self, limit: int) -> tuple[int, list[UnmatchedOutcome]]:
+        """How many outcomes wait for a prediction that the log does not have, and the newest of them."""
+        ...
+
+
+class EventRejected(ValueError):
+    """A row that the database will never take, such as one of a model that is not registered."""

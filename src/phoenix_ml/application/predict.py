@@ -1,0 +1,251 @@
+"""From a request to an answer that is on record."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from phoenix_ml.application.ports import FeatureStore, Journal, Meter
+from phoenix_ml.application.serving import LiveModel, LiveModels, ServedVersion
+from phoenix_ml.domain.errors import (
+    BatchTooLarge,
+    EntityUnknown,
+    FeatureMissing,
+    FeatureStoreUnavailable,
+    InvalidField,
+    Overloaded,
+    PhoenixError,
+)
+from phoenix_ml.domain.events import PredictionMade
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.predictions import BatchRequest, Instance, PredictionRequest
+from phoenix_ml.domain.routing import Choice, Role, Strategy
+from phoenix_ml.domain.rows import Outputs, Rows, Scalar
+
+log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+# Shadows may fall behind the answers by so many; more are counted as failed, not queued.
+_SHADOWS_LIMIT = 1000
+
+
+class _Row(msgspec.Struct, gc=False):
+    """A row that is ready to run."""
+
+    served: ServedVersion
+    choice: Choice
+    entity_id: str | None
+    request_id: str
+    routing_key: str
+    values: list[Scalar]
+    packed: bytes
+    sources: str
+    feature_read_s: float | None
+
+
+class Predict:
+    """The use case behind ``POST /predict`` and ``POST /predict/batch``."""
+
+    def __init__(
+        self,
+        live: LiveModels,
+        features: FeatureStore,
+        journal: Journal,
+        meter: Meter,
+        *,
+        batch_limit: int = 1000,
+    ) -> None:
+        self._live = live
+        self._features = features
+        self._journal = journal
+        self._meter = meter
+        self._batch_limit = batch_limit
+        self._shadows: set[asyncio.Task[None]] = set()
+
+    async def one(self, request: PredictionRequest, started: float) -> PredictionMade:
+        """The answer, already on record. ``started`` is ``time.perf_counter()`` at arrival.
+
+        Raises what the steps raise: ModelUnknown, VersionUnknown, VersionInactive, ModelLoadFailed,
+        EntityUnknown, FeatureStoreUnavailable, the feature errors, InferenceFailed, Overloaded,
+        JournalFull.
+        """
+        model = self._live.model(request.model_id)
+        row = await self._prepare(model, request.model_version, request)
+        event = await self._answer(row, started, None)
+        if model.shadows and request.model_version is None:
+            self._start_shadows(model, request, event)
+        return event
+
+    async def batch(self, request: BatchRequest, started: float) -> list[PredictionMade]:
+        """One answer an instance, in order, all on record; or an error that names the bad instance.
+
+        Instances that the routing gives to the same version run as one batch. Raises InvalidField for
+        no instances, BatchTooLarge for too many, else what ``one`` raises.
+        """
+        self._check_size(request.instances)
+        model = self._live.model(request.model_id)
+        rows = await self._prepare_all(model, request)
+        groups: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(row.choice.version, []).append(number)
+        answers: dict[int, tuple[PredictionMade, float]] = {}
+        for numbers in groups.values():
+            members = [rows[number] for number in numbers]
+            ran_at = time.perf_counter()
+            outputs = await members[0].served.run(
+                Rows([m.values for m in members], [m.packed for m in members])
+            )
+            inference_s = time.perf_counter() - ran_at
+            for position, number in enumerate(numbers):
+                event = _event(rows[number], outputs, position, len(numbers), started, None)
+                answers[number] = event, inference_s
+        events = [answers[number][0] for number in range(len(rows))]
+        self._journal.append([_entry(row, event) for row, event in zip(rows, events, strict=True)])
+        for number, row in enumerate(rows):
+            self._meter.answered(events[number], row.feature_read_s, answers[number][1])
+        if model.shadows and request.model_version is None:
+            for instance, event in zip(request.instances, events, strict=True):
+                self._start_shadows(model, instance, event)
+        return events
+
+    async def drain(self) -> None:
+        """Returns when the shadows of all answers are on record too."""
+        while self._shadows:
+            await asyncio.wait(self._shadows)
+
+    def _check_size(self, instances: Sequence[Instance]) -> None:
+        if not instances:
+            raise InvalidField("the batch is empty: give at least one instance", field="instances")
+        if len(instances) > self._batch_limit:
+            raise BatchTooLarge(
+                f"the batch has {len(instances)} instances, the limit is {self._batch_limit}: split it",
+                limit=self._batch_limit,
+                given=len(instances),
+            )
+
+    async def _prepare_all(self, model: LiveModel, request: BatchRequest) -> list[_Row]:
+        """A row an instance. Stores that wait for a network are asked for all entities at once."""
+        prepared = [self._prepare(model, request.model_version, instance) for instance in request.instances]
+        rows = []
+        for number, found in enumerate(await asyncio.gather(*prepared, return_exceptions=True)):
+            if isinstance(found, PhoenixError):
+                found.message = f"instance {number}: {found.message}"
+                found.details["instance"] = number
+            if isinstance(found, BaseException):
+                raise found
+            rows.append(found)
+        return rows
+
+    async def _prepare(self, model: LiveModel, version: str | None, instance: Instance) -> _Row:
+        request_id = instance.request_id or new_id()
+        key = instance.routing_key or instance.entity_id or request_id
+        served, choice = model.pick(version, key)
+        return await self._resolve(served, choice, instance, request_id, key)
+
+    async def _resolve(
+        self, served: ServedVersion, choice: Choice, instance: Instance, request_id: str, key: str
+    ) -> _Row:
+        """The row's values: from the store, else from the request, else their defaults."""
+        entity_id, given = instance.entity_id, instance.features
+        stored = store_error = feature_read_s = None
+        if entity_id is not None:
+            asked_at = time.perf_counter()
+            try:
+                stored = await self._features.read(entity_id, served.contract.types)
+            except FeatureStoreUnavailable as exc:
+                if not given:
+                    raise
+                store_error = exc
+            feature_read_s = time.perf_counter() - asked_at
+            if stored is None and not given and store_error is None:
+                raise EntityUnknown(
+                    f"no features are stored for entity {entity_id!r}: store them or send 'features'",
+                    entity_id=entity_id,
+                )
+        elif given is None:
+            raise InvalidField(
+                "give an 'entity_id' whose features are stored, or 'features'", field="entity_id"
+            )
+        try:
+            values, sources = served.contract.resolve(stored, given, time.time_ns() // 1_000_000)
+        except FeatureMissing as exc:
+            if store_error is not None:  # the store may well have it: asking again later can succeed
+                raise store_error from exc
+            raise
+        packed = served.format.pack(values)
+        return _Row(served, choice, entity_id, request_id, key, values, packed, sources, feature_read_s)
+
+    async def _answer(self, row: _Row, started: float, shadow_of: str | None) -> PredictionMade:
+        """Runs one row and puts its answer on record."""
+        ran_at = time.perf_counter()
+        outputs = await row.served.run(Rows((row.values,), (row.packed,)))
+        inference_s = time.perf_counter() - ran_at
+        event = _event(row, outputs, 0, 1, started, shadow_of)
+        self._journal.append((_entry(row, event),))
+        self._meter.answered(event, row.feature_read_s, inference_s)
+        return event
+
+    def _start_shadows(self, model: LiveModel, instance: Instance, answered: PredictionMade) -> None:
+        for version in model.shadows:
+            if len(self._shadows) >= _SHADOWS_LIMIT:
+                self._meter.shadow_failed(model.model_id, version, Overloaded.code)
+                continue
+            task = asyncio.get_running_loop().create_task(self._shadow(model, version, instance, answered))
+            self._shadows.add(task)
+            task.add_done_callback(self._shadows.discard)
+
+    async def _shadow(
+        self, model: LiveModel, version: str, instance: Instance, answered: PredictionMade
+    ) -> None:
+        """Lets a shadow version answer the same row, on record but for nobody's eyes.
+
+        A shadow that fails is counted and logged; the caller has long had an answer.
+        """
+        try:
+            served, _ = model.pick(version, answered.routing_key)
+            choice = Choice(version, Strategy.SHADOW, Role.SHADOW, 1.0)
+            started = time.perf_counter()
+            row = await self._resolve(served, choice, instance, answered.request_id, answered.routing_key)
+            await self._answer(row, started, answered.id)
+        except PhoenixError as exc:
+            self._meter.shadow_failed(model.model_id, version, exc.code)
+            log.warning(
+                "shadow %s %s failed: %s",
+                model.model_id,
+                version,
+                exc.message,
+                extra={"code": exc.code, "prediction_id": answered.id},
+            )
+
+
+def _entry(row: _Row, event: PredictionMade) -> tuple[bytes, bytes, bytes]:
+    return _encode(event), row.served.schema_digest, row.served.schema
+
+
+def _event(
+    row: _Row, outputs: Outputs, position: int, batch_size: int, started: float, shadow_of: str | None
+) -> PredictionMade:
+    version, choice = row.served.version, row.choice
+    return PredictionMade(  # by position: keywords cost 0.6 µs more
+        new_id(),
+        version.model_id,
+        version.version,
+        version.sha256,
+        choice.strategy,
+        choice.role,
+        choice.probability,
+        row.entity_id,
+        row.request_id,
+        row.routing_key,
+        row.packed,
+        row.sources,
+        outputs.results[position],
+        None if outputs.confidences is None else outputs.confidences[position],
+        None if outputs.probabilities is None else outputs.probabilities[position],
+        round((time.perf_counter() - started) * 1000, 3),
+        time.time_ns() // 1_000_000,
+        batch_size,
+        position,
+        shadow_of,
+    )

@@ -1,0 +1,68 @@
+"""The log role: recorded events become rows, each exactly once."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from phoenix_ml.application.ports import (
+    EventRejected,
+    EventSource,
+    PredictionLog,
+    RecordedEvent,
+    UnreadableEvent,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Recorded(Struct, frozen=True):
+    """What one step moved: events read, rows that were new, events that went to the dead letters."""
+
+    read: int = 0
+    new_rows: int = 0
+    dead: int = 0
+
+
+def record_events(
+    source: EventSource,
+    prediction_log: PredictionLog,
+    bury: Callable[[UnreadableEvent], None],
+    *,
+    max_events: int = 2000,
+) -> Recorded:
+    """Moves the next events from the source to the log and only then lets the source forget them.
+
+    What happens twice is stored once, because ids are keys. An event that can't be read or that the
+    database will never take goes to ``bury`` and never stops the others. Raises DatabaseUnavailable:
+    then nothing was committed, and the caller must open the source anew to read the same events again.
+    """
+    batch = source.read(max_events)
+    if not batch:
+        source.commit()
+        return Recorded()
+    unreadable = [item for item in batch if isinstance(item, UnreadableEvent)]
+    events = [item for item in batch if isinstance(item, RecordedEvent)]
+    new_rows, rejected = _store(prediction_log, events)
+    for item in (*unreadable, *rejected):
+        log.error("an event cannot be stored: %s", item.reason)
+        bury(item)
+    source.commit()
+    return Recorded(len(batch), new_rows, len(unreadable) + len(rejected))
+
+
+def _store(
+    prediction_log: PredictionLog, events: Sequence[RecordedEvent]
+) -> tuple[int, list[UnreadableEvent]]:
+    """Stores a batch; when a row in it is refused, halves it until that row stands alone."""
+    if not events:
+        return 0, []
+    try:
+        return prediction_log.write(events), []
+    except EventRejected as exc:
+        if len(events) == 1:
+            return 0, [UnreadableEvent(events[0].payload, str(exc))]
+    middle = len(events) // 2
+    first, first_rejected = _store(prediction_log, events[:middle])
+    second, second_rejected = _store(prediction_log, events[middle:])
+    return first + second, first_rejected + second_rejected

@@ -1,0 +1,261 @@
+"""The versions that serve: loaded, warmed up, and picked for each request from memory."""
+
+import asyncio
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import blake2b
+
+import msgspec
+
+from phoenix_ml.application.ports import ArtifactStore, Engine, Engines, Meter, Registry
+from phoenix_ml.domain.errors import (
+    InferenceFailed,
+    ModelLoadFailed,
+    ModelRefused,
+    ModelUnknown,
+    Overloaded,
+    VersionInactive,
+    VersionUnknown,
+)
+from phoenix_ml.domain.features import FeatureContract
+from phoenix_ml.domain.models import ModelVersion
+from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing
+from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
+
+# A hop to another thread and back costs 100 to 120 µs of CPU; a run shorter than this on the event
+# loop delays nobody noticeably (docs/adr/0002).
+INLINE_LIMIT_S = 0.0005
+QUEUE_LIMIT = 256
+_WARM_UP_RUNS = 7
+_WARM_UP_ROWS = 16
+_RETRY_FAILED_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class ServedVersion:
+    """A version that is loaded and warm."""
+
+    def __init__(self, version: ModelVersion, engine: Engine) -> None:
+        metadata = version.metadata
+        columns = metadata.columns
+        self.version = version
+        self.engine = engine
+        self.contract = FeatureContract(columns, metadata.contract)
+        self.format = RowFormat(columns)
+        # The journal holds packed values; this tells their names and types to whoever reads it.
+        self.schema = msgspec.msgpack.encode(columns)
+        self.schema_digest = blake2b(self.schema, digest_size=8).digest()
+        self.first_row_s, self.further_row_s = self._warm_up()
+        self._waiting = 0
+
+    def _warm_up(self) -> tuple[float, float]:
+        """Seconds for a run of one row, and for each row more; medians after the first, slow runs."""
+        sample = list(self.version.metadata.sample)
+        packed = self.format.pack(sample)
+
+        def measure(count: int) -> float:
+            rows = Rows([sample] * count, [packed] * count)
+            durations = []
+            for _ in range(_WARM_UP_RUNS):
+                started = time.perf_counter()
+                self.engine.run(rows)
+                durations.append(time.perf_counter() - started)
+            return statistics.median(durations[2:])
+
+        one = measure(1)
+        return one, max(0.0, measure(_WARM_UP_ROWS) - one) / (_WARM_UP_ROWS - 1)
+
+    def runs_inline(self, rows: int) -> bool:
+        """Whether so many rows take so short that they are best run on the event loop itself."""
+        return self.first_row_s + (rows - 1) * self.further_row_s < INLINE_LIMIT_S
+
+    async def run(self, rows: Rows) -> Outputs:
+        """The engine's answer: run here and now when that is short, else on the version's own thread.
+
+        Raises Overloaded when too many runs wait for the thread already, and what the engine raises.
+        """
+        if self.first_row_s + (len(rows) - 1) * self.further_row_s < INLINE_LIMIT_S:
+            return self.engine.run(rows)
+        if self._waiting >= QUEUE_LIMIT:
+            raise Overloaded(
+                f"{self._waiting} requests wait for {self.version.model_id} {self.version.version} already",
+                retry_after_s=1,
+            )
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, rows)
+        finally:
+            self._waiting -= 1
+
+    @cached_property
+    def _executor(self) -> ThreadPoolExecutor:
+        # Its thread ends when the version has been dropped and the last run that holds it is done.
+        return ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.version.model_id}")
+
+
+class LiveModel:
+    """One model's part of the routing table; immutable."""
+
+    def __init__(
+        self,
+        model_id: str,
+        registered: frozenset[str],
+        served: Mapping[str, ServedVersion | ModelLoadFailed],
+        router: Router | None,
+    ) -> None:
+        self.model_id = model_id
+        self.registered = registered
+        self.served = served
+        self.router = router
+        self.shadows = router.shadows if router is not None else ()
+
+    def pick(self, version: str | None, key: str) -> tuple[ServedVersion, Choice]:
+        """Who answers, and how it was chosen.
+
+        Raises VersionUnknown, VersionInactive, or the version's ModelLoadFailed.
+        """
+        if self.router is None:
+            raise self._refusal(version)
+        choice = self.router.pin(version) if version is not None else self.router.choose(key)
+        served = self.served.get(choice.version)
+        if type(served) is ServedVersion:
+            return served, choice
+        if isinstance(served, ModelLoadFailed):
+            # A new exception each time: a shared one would collect the tracebacks of all requests.
+            raise ModelLoadFailed(served.message, **served.details)
+        raise self._refusal(version)
+
+    def _refusal(self, version: str | None) -> VersionInactive | VersionUnknown:
+        if version is None:
+            return VersionInactive(
+                f"no version of {self.model_id} is active; activate one of {', '.join(sorted(self.registered))}",
+                model_id=self.model_id,
+            )
+        if version not in self.registered:
+            return VersionUnknown(
+                f"{self.model_id} has no version {version}; it has {', '.join(sorted(self.registered))}",
+                model_id=self.model_id,
+                version=version,
+            )
+        return VersionInactive(
+            f"{self.model_id} {version} is registered but not active: activate it first",
+            model_id=self.model_id,
+            version=version,
+        )
+
+
+class LiveModels:
+    """The routing table in memory. Requests read it; only ``refresh`` replaces it, in one assignment.
+
+    A changed version is loaded and warmed beside the old one; the old one drains because requests in
+    flight hold it, and is freed with the last of them.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        artifacts: ArtifactStore,
+        engines: Engines,
+        meter: Meter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._artifacts = artifacts
+        self._engines = engines
+        self._meter = meter
+        self._clock = clock
+        self._table: Mapping[str, LiveModel] = {}
+        self._revision: int | None = None
+        self._retry_at = float("inf")
+        self._refreshing = threading.Lock()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the registry was read at least once."""
+        return self._revision is not None
+
+    @property
+    def models(self) -> Mapping[str, LiveModel]:
+        return self._table
+
+    def model(self, model_id: str) -> LiveModel:
+        """Raises ModelUnknown."""
+        model = self._table.get(model_id)
+        if model is None:
+            known = ", ".join(sorted(self._table)[:10]) or "none yet"
+            raise ModelUnknown(f"no model {model_id!r} is registered; registered: {known}", model_id=model_id)
+        return model
+
+    def failures(self) -> dict[str, str]:
+        """Active versions that do not load, and why."""
+        return {
+            f"{model.model_id} {version}": served.message
+            for model in self._table.values()
+            for version, served in model.served.items()
+            if isinstance(served, ModelLoadFailed)
+        }
+
+    def refresh(self) -> bool:
+        """Whether the table was replaced: when the registry changed, or a failed version may load now.
+
+        Blocks while versions load, so it is called off the event loop. Raises DatabaseUnavailable; the
+        table stays as it was.
+        """
+        with self._refreshing:
+            revision = self._registry.revision()
+            if revision == self._revision and self._clock() < self._retry_at:
+                return False
+            versions = self._registry.list_versions()
+            routings = self._registry.routings()
+            by_model: dict[str, list[ModelVersion]] = {}
+            for version in versions:
+                by_model.setdefault(version.model_id, []).append(version)
+            table = {
+                model_id: self._live(model_id, of_model, routings.get(model_id))
+                for model_id, of_model in by_model.items()
+            }
+            self._table = table
+            self._revision = revision
+            self._retry_at = self._clock() + _RETRY_FAILED_S if self.failures() else float("inf")
+            return True
+
+    def _live(self, model_id: str, versions: list[ModelVersion], routing: Routing | None) -> LiveModel:
+        before = self._table.get(model_id)
+        active = [version for version in versions if version.is_active]
+        served: dict[str, ServedVersion | ModelLoadFailed] = {}
+        for version in active:
+            loaded = before.served.get(version.version) if before else None
+            served[version.version] = loaded if isinstance(loaded, ServedVersion) else self._load(version)
+        chosen = routing or default_routing(active)
+        router = Router(model_id, chosen) if chosen else None
+        return LiveModel(model_id, frozenset(v.version for v in versions), served, router)
+
+    def _load(self, version: ModelVersion) -> ServedVersion | ModelLoadFailed:
+        started = time.perf_counter()
+        where = {
+            "model_id": version.model_id,
+            "version": version.version,
+            "framework": version.framework,
+            "uri": version.uri,
+            "sha256": version.sha256,
+        }
+        try:
+            path = self._artifacts.fetch(version.uri, version.sha256)
+            served = ServedVersion(version, self._engines.load(path, version.metadata))
+        except ModelLoadFailed as exc:
+            failure = ModelLoadFailed(exc.message, **(where | exc.details))
+        except (ModelRefused, InferenceFailed) as exc:
+            failure = ModelLoadFailed(exc.message, **where)
+        else:
+            self._meter.loaded(version.model_id, version.version, time.perf_counter() - started)
+            log.info("model loaded", extra=where | {"first_row_us": round(served.first_row_s * 1e6)})
+            return served
+        self._meter.load_failed(version.model_id, version.version)
+        log.error("model does not load: %s", failure.message, extra=where)
+        return failure

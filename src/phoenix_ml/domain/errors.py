@@ -1,0 +1,190 @@
+"""Everything that can go wrong, on one screen.
+
+Each error has a stable ``code`` that clients may match on; HTTP and gRPC own one table each from
+class to status. ``docs/reference/errors.md`` lists the codes, and a test compares the two.
+
+PhoenixError
+├── InvalidRequest                what was sent cannot be answered
+│   ├── MalformedBody             malformed_body           not JSON, or text no database can hold
+│   ├── InvalidField              invalid_field            JSON of another shape than documented
+│   ├── FeatureMissing            feature_missing          required, and neither stored nor sent
+│   ├── FeatureUnknown            feature_unknown          the model has no such feature
+│   ├── FeatureInvalid            feature_invalid          a value of the wrong type or range
+│   ├── FeatureCountWrong         feature_count_wrong      a list of another length than the signature
+│   ├── ModelRefused              model_refused            an artifact that does not load, or is unsafe
+│   ├── RoutingInvalid            routing_invalid          arms that no strategy can follow
+│   └── InferenceFailed           inference_failed         the runtime refused these values
+├── NotFound
+│   ├── ModelUnknown              model_unknown
+│   ├── VersionUnknown            version_unknown
+│   ├── EntityUnknown             entity_unknown           no features are stored for the entity
+│   ├── PredictionUnknown         prediction_unknown
+│   └── PathUnknown               path_unknown
+├── Conflict
+│   ├── VersionConflict           version_conflict         the version exists with other bytes
+│   ├── VersionInactive           version_inactive         registered, but not serving
+│   ├── StageConflict             stage_conflict           not a legal promotion
+│   └── RoutingConflict           routing_conflict         a version that the routing still names
+├── TooLarge
+│   ├── BodyTooLarge              body_too_large
+│   └── BatchTooLarge             batch_too_large
+├── MethodNotAllowed              method_not_allowed
+├── Unavailable                   try again later; Retry-After says when
+│   ├── FeatureStoreUnavailable   feature_store_unavailable
+│   ├── DatabaseUnavailable       database_unavailable
+│   ├── ServerUnreachable         server_unreachable       said by the command line
+│   └── Overloaded                overloaded
+│       └── JournalFull           journal_full             the answer could not be put on record
+├── Misconfigured                 misconfigured            settings that cannot work together
+├── ModelLoadFailed               model_load_failed        a stored artifact that no longer loads
+└── InternalError                 internal_error           a defect of ours
+"""
+
+from typing import Any, ClassVar
+
+
+class PhoenixError(Exception):
+    """An error with a stable code, a message that says what to do, and details for machines."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class InvalidRequest(PhoenixError):
+    pass
+
+
+class MalformedBody(InvalidRequest):
+    code = "malformed_body"
+
+
+class InvalidField(InvalidRequest):
+    code = "invalid_field"
+
+
+class FeatureMissing(InvalidRequest):
+    code = "feature_missing"
+
+
+class FeatureUnknown(InvalidRequest):
+    code = "feature_unknown"
+
+
+class FeatureInvalid(InvalidRequest):
+    code = "feature_invalid"
+
+
+class FeatureCountWrong(InvalidRequest):
+    code = "feature_count_wrong"
+
+
+class ModelRefused(InvalidRequest):
+    code = "model_refused"
+
+
+class RoutingInvalid(InvalidRequest):
+    code = "routing_invalid"
+
+
+class InferenceFailed(InvalidRequest):
+    code = "inference_failed"
+
+
+class NotFound(PhoenixError):
+    pass
+
+
+class ModelUnknown(NotFound):
+    code = "model_unknown"
+
+
+class VersionUnknown(NotFound):
+    code = "version_unknown"
+
+
+class EntityUnknown(NotFound):
+    code = "entity_unknown"
+
+
+class PredictionUnknown(NotFound):
+    code = "prediction_unknown"
+
+
+class PathUnknown(NotFound):
+    code = "path_unknown"
+
+
+class Conflict(PhoenixError):
+    pass
+
+
+class VersionConflict(Conflict):
+    code = "version_conflict"
+
+
+class VersionInactive(Conflict):
+    code = "version_inactive"
+
+
+class StageConflict(Conflict):
+    code = "stage_conflict"
+
+
+class RoutingConflict(Conflict):
+    code = "routing_conflict"
+
+
+class TooLarge(PhoenixError):
+    pass
+
+
+class BodyTooLarge(TooLarge):
+    code = "body_too_large"
+
+
+class BatchTooLarge(TooLarge):
+    code = "batch_too_large"
+
+
+class MethodNotAllowed(PhoenixError):
+    code = "method_not_allowed"
+
+
+class Unavailable(PhoenixError):
+    pass
+
+
+class FeatureStoreUnavailable(Unavailable):
+    code = "feature_store_unavailable"
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+
+
+class ServerUnreachable(Unavailable):
+    code = "server_unreachable"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class JournalFull(Overloaded):
+    code = "journal_full"
+
+
+class Misconfigured(PhoenixError):
+    code = "misconfigured"
+
+
+class ModelLoadFailed(PhoenixError):
+    code = "model_load_failed"
+
+
+class InternalError(PhoenixError):
+    code = "internal_error"

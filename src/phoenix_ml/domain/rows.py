@@ -1,0 +1,118 @@
+"""Rows on their way into an engine: typed columns, and the exact bytes that go on record."""
+
+import struct
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Final
+
+from msgspec import Struct
+
+from phoenix_ml.domain.errors import FeatureInvalid
+
+Scalar = float | int | bool | str
+
+
+class ElementType(StrEnum):
+    """Tensor elements that a tabular feature can have."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    INT64 = "int64"
+    INT32 = "int32"
+    BOOL = "bool"
+    STRING = "string"
+
+
+_STRUCT_CODE: Final = {
+    ElementType.FLOAT32: "f",
+    ElementType.FLOAT64: "d",
+    ElementType.INT64: "q",
+    ElementType.INT32: "i",
+    ElementType.BOOL: "?",
+}
+
+
+class Column(Struct, frozen=True):
+    """One feature as the engine takes it."""
+
+    name: str
+    element: ElementType
+
+
+class RowFormat:
+    """Rows of a signature as bytes: the exact values that the engine gets.
+
+    Numbers are packed little-endian in column order, then the strings in column order, each as a
+    32-bit length and UTF-8. A row of 30 float32 is 120 bytes, ready to be read as an array.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = tuple(columns)
+        self.names = tuple(column.name for column in columns)
+        self._strings = [i for i, c in enumerate(columns) if c.element is ElementType.STRING]
+        self._numbers = [i for i, c in enumerate(columns) if c.element is not ElementType.STRING]
+        self._struct = struct.Struct("<" + "".join(_STRUCT_CODE[columns[i].element] for i in self._numbers))
+
+    def pack(self, values: Sequence[Scalar]) -> bytes:
+        """The row's bytes. Raises FeatureInvalid, naming the feature that does not fit its column."""
+        try:
+            if not self._strings:
+                return self._struct.pack(*values)
+            numbers = self._struct.pack(*[values[i] for i in self._numbers])
+        except (struct.error, OverflowError):
+            raise self._misfit(values) from None
+        texts = [str(values[i]).encode() for i in self._strings]
+        return numbers + b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+
+    def unpack(self, row: bytes) -> list[Scalar]:
+        """The values that ``pack`` was given, as the engine got them (float32 rounded)."""
+        numbers = self._struct.unpack_from(row)
+        if not self._strings:
+            return list(numbers)
+        values: list[Scalar] = [""] * len(self.columns)
+        for i, number in zip(self._numbers, numbers, strict=True):
+            values[i] = number
+        offset = self._struct.size
+        for i in self._strings:
+            end = offset + 4 + int.from_bytes(row[offset : offset + 4], "little")
+            values[i] = row[offset + 4 : end].decode()
+            offset = end
+        return values
+
+    def _misfit(self, values: Sequence[Scalar]) -> FeatureInvalid:
+        for column, value in zip(self.columns, values, strict=True):
+            if column.element is ElementType.STRING:
+                continue
+            try:
+                struct.pack("<" + _STRUCT_CODE[column.element], value)
+            except (struct.error, OverflowError):
+                return FeatureInvalid(
+                    f"feature {column.name!r}: {value!r} does not fit a {column.element}",
+                    feature=column.name,
+                )
+        return FeatureInvalid("a value does not fit its column")
+
+
+class Rows:
+    """Rows of one signature on their way into an engine, as values and as their packed bytes."""
+
+    __slots__ = ("packed", "values")
+
+    def __init__(self, values: Sequence[Sequence[Scalar]], packed: Sequence[bytes]) -> None:
+        self.values = values
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+
+class Outputs(Struct):
+    """What an engine answers for its rows, in their order.
+
+    ``probabilities`` are a classifier's, one list a row in the order of the version's class labels;
+    ``confidences`` the probability of each result. Both are None where the model gives none.
+    """
+
+    results: list[Any]
+    confidences: list[float] | None = None
+    probabilities: list[list[float]] | None = None
