@@ -121,7 +121,8 @@ def _try_out(
         given = [[reference[name][i] for name in contract.names] for i in range(count)]
     else:
         given = [[_plain(metadata.contract[name]) for name in contract.names]] * _SAMPLE_ROWS
-    values = [_sample(contract, row) for row in given]
+    samples = [_fill(contract, row) for row in given]
+    values = [contract.resolve(None, sample, 0)[0] for sample in samples]
     try:
         outputs = engine.run(Rows(values, [row_format.pack(row) for row in values]))
         engine.run(Rows(values[:1], [row_format.pack(values[0])]))
@@ -138,21 +139,20 @@ def _try_out(
     labels = metadata.class_labels
     if outputs.probabilities and len(labels) != len(outputs.probabilities[0]):
         labels = tuple(range(len(outputs.probabilities[0]))) if isinstance(outputs.results[0], int) else ()
-    return msgspec.structs.replace(metadata, class_labels=labels, sample=tuple(values[0]))
+    return msgspec.structs.replace(metadata, class_labels=labels, sample=tuple(samples[0]))
 
 
 def _plain(rule: FeatureRule) -> Scalar | None:
     return _PLAIN[rule.type] if isinstance(rule.default, UnsetType) else rule.default
 
 
-def _sample(contract: FeatureContract, row: Sequence[Scalar | None]) -> list[Scalar]:
-    """The row as the engine would get it; what a reference lacks although it is required is made up."""
+def _fill(contract: FeatureContract, row: Sequence[Scalar | None]) -> list[Scalar | None]:
+    """The row with a plain value where the reference lacks a feature that is required."""
     filled: list[Scalar | None] = []
     for rule, value in zip(contract.rules, row, strict=True):
         absent = value is None or value != value  # noqa: PLR0124 - NaN differs from itself
         filled.append(_plain(rule) if absent else value)
-    values, _ = contract.resolve(None, filled, 0)
-    return values
+    return filled
 
 
 def set_routing(registry: Registry, model_id: str, routing: Routing, *, actor: str) -> Routing:

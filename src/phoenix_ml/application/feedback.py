@@ -27,7 +27,7 @@ def report_outcomes(journal: Journal, feedback: Sequence[Feedback], *, limit: in
     if len(feedback) > limit:
         raise BatchTooLarge(f"{len(feedback)} outcomes were sent, the limit is {limit}", limit=limit)
     now_ms = time.time_ns() // 1_000_000
-    entries = []
+    payloads = []
     for position, item in enumerate(feedback):
         observed_at_ms = now_ms
         if item.observed_at is not None:
@@ -36,9 +36,9 @@ def report_outcomes(journal: Journal, feedback: Sequence[Feedback], *, limit: in
         event = OutcomeReported(
             new_id(), _uuid(item.prediction_id, position), item.outcome, observed_at_ms, now_ms
         )
-        entries.append((_encode(event), b"", b""))
-    journal.append(entries)
-    return len(entries)
+        payloads.append(_encode(event))
+    journal.append_many(payloads)
+    return len(payloads)
 
 
 def _uuid(text: str, position: int) -> str:

@@ -172,7 +172,9 @@ class Registry(Protocol):
 class Meter(Protocol):
     """Counts what the use cases do; each call costs well under a microsecond."""
 
-    def answered(self, event: PredictionMade, feature_read_s: float | None, inference_s: float) -> None:
+    def answered(
+        self, event: PredictionMade, feature_count: int, feature_read_s: float | None, inference_s: float
+    ) -> None:
         """One prediction was made; ``feature_read_s`` is None when no store was asked."""
         ...
 
@@ -184,13 +186,16 @@ class Meter(Protocol):
 
 
 class Journal(Protocol):
-    """The record that is written before the answer. See ``infrastructure/events/journal.py``."""
+    """The record that is written before the answer. Once a call returns, the death of the process loses
+    nothing. A schema tells how the events' inputs are packed; it is kept beside the events that need it.
+    """
 
-    def append(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """Puts events on record, all or none; each is (payload, schema digest, schema).
+    def append(self, payload: bytes, schema_digest: bytes = b"", schema: bytes = b"") -> None:
+        """Puts one event on record. Raises JournalFull."""
+        ...
 
-        A schema is written once a segment, before the first event that needs it. Raises JournalFull.
-        """
+    def append_many(self, payloads: Sequence[bytes], schema_digest: bytes = b"", schema: bytes = b"") -> None:
+        """Puts events on record, all or none. Raises JournalFull."""
         ...
 
 
@@ -217,7 +222,11 @@ class EventSource(Protocol):
         ...
 
     def commit(self) -> None:
-        """All that was read is stored for good and need not come again."""
+        """All that was read is stored for good and need not come again; called after an empty read too."""
+        ...
+
+    def rewind(self) -> None:
+        """What was read and not committed comes again."""
         ...
 
 

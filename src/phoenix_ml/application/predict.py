@@ -44,6 +44,13 @@ class _Row(msgspec.Struct, gc=False):
     feature_read_s: float | None
 
 
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """A prediction that is on record, with its features' names in signature order."""
+
+    event: PredictionMade
+    feature_names: tuple[str, ...]
+
+
 class Predict:
     """The use case behind ``POST /predict`` and ``POST /predict/batch``."""
 
@@ -63,7 +70,7 @@ class Predict:
         self._batch_limit = batch_limit
         self._shadows: set[asyncio.Task[None]] = set()
 
-    async def one(self, request: PredictionRequest, started: float) -> PredictionMade:
+    async def one(self, request: PredictionRequest, started: float) -> Answer:
         """The answer, already on record. ``started`` is ``time.perf_counter()`` at arrival.
 
         Raises what the steps raise: ModelUnknown, VersionUnknown, VersionInactive, ModelLoadFailed,
@@ -72,12 +79,12 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request)
-        event = await self._answer(row, started, None)
+        event = await self._answer(model, row, started, None)
         if model.shadows and request.model_version is None:
             self._start_shadows(model, request, event)
-        return event
+        return Answer(event, row.served.contract.names)
 
-    async def batch(self, request: BatchRequest, started: float) -> list[PredictionMade]:
+    async def batch(self, request: BatchRequest, started: float) -> list[Answer]:
         """One answer an instance, in order, all on record; or an error that names the bad instance.
 
         Instances that the routing gives to the same version run as one batch. Raises InvalidField for
@@ -101,13 +108,13 @@ class Predict:
                 event = _event(rows[number], outputs, position, len(numbers), started, None)
                 answers[number] = event, inference_s
         events = [answers[number][0] for number in range(len(rows))]
-        self._journal.append([_entry(row, event) for row, event in zip(rows, events, strict=True)])
+        self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         for number, row in enumerate(rows):
-            self._meter.answered(events[number], row.feature_read_s, answers[number][1])
+            self._meter.answered(events[number], len(row.values), row.feature_read_s, answers[number][1])
         if model.shadows and request.model_version is None:
             for instance, event in zip(request.instances, events, strict=True):
                 self._start_shadows(model, instance, event)
-        return events
+        return [Answer(event, row.served.contract.names) for event, row in zip(events, rows, strict=True)]
 
     async def drain(self) -> None:
         """Returns when the shadows of all answers are on record too."""
@@ -176,14 +183,16 @@ class Predict:
         packed = served.format.pack(values)
         return _Row(served, choice, entity_id, request_id, key, values, packed, sources, feature_read_s)
 
-    async def _answer(self, row: _Row, started: float, shadow_of: str | None) -> PredictionMade:
+    async def _answer(
+        self, model: LiveModel, row: _Row, started: float, shadow_of: str | None
+    ) -> PredictionMade:
         """Runs one row and puts its answer on record."""
         ran_at = time.perf_counter()
         outputs = await row.served.run(Rows((row.values,), (row.packed,)))
         inference_s = time.perf_counter() - ran_at
         event = _event(row, outputs, 0, 1, started, shadow_of)
-        self._journal.append((_entry(row, event),))
-        self._meter.answered(event, row.feature_read_s, inference_s)
+        self._journal.append(_encode(event), model.schema_digest, model.schema)
+        self._meter.answered(event, len(row.values), row.feature_read_s, inference_s)
         return event
 
     def _start_shadows(self, model: LiveModel, instance: Instance, answered: PredictionMade) -> None:
@@ -207,7 +216,7 @@ class Predict:
             choice = Choice(version, Strategy.SHADOW, Role.SHADOW, 1.0)
             started = time.perf_counter()
             row = await self._resolve(served, choice, instance, answered.request_id, answered.routing_key)
-            await self._answer(row, started, answered.id)
+            await self._answer(model, row, started, answered.id)
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, version, exc.code)
             log.warning(
@@ -217,10 +226,6 @@ class Predict:
                 exc.message,
                 extra={"code": exc.code, "prediction_id": answered.id},
             )
-
-
-def _entry(row: _Row, event: PredictionMade) -> tuple[bytes, bytes, bytes]:
-    return _encode(event), row.served.schema_digest, row.served.schema
 
 
 def _event(

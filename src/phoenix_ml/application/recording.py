@@ -12,6 +12,7 @@ from phoenix_ml.application.ports import (
     RecordedEvent,
     UnreadableEvent,
 )
+from phoenix_ml.domain.errors import DatabaseUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def record_events(
 
     What happens twice is stored once, because ids are keys. An event that can't be read or that the
     database will never take goes to ``bury`` and never stops the others. Raises DatabaseUnavailable:
-    then nothing was committed, and the caller must open the source anew to read the same events again.
+    then nothing is forgotten, and the same events come with the next call.
     """
     batch = source.read(max_events)
     if not batch:
@@ -43,7 +44,11 @@ def record_events(
         return Recorded()
     unreadable = [item for item in batch if isinstance(item, UnreadableEvent)]
     events = [item for item in batch if isinstance(item, RecordedEvent)]
-    new_rows, rejected = _store(prediction_log, events)
+    try:
+        new_rows, rejected = _store(prediction_log, events)
+    except DatabaseUnavailable:
+        source.rewind()
+        raise
     for item in (*unreadable, *rejected):
         log.error("an event cannot be stored: %s", item.reason)
         bury(item)

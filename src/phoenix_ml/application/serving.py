@@ -48,15 +48,12 @@ class ServedVersion:
         self.engine = engine
         self.contract = FeatureContract(columns, metadata.contract)
         self.format = RowFormat(columns)
-        # The journal holds packed values; this tells their names and types to whoever reads it.
-        self.schema = msgspec.msgpack.encode(columns)
-        self.schema_digest = blake2b(self.schema, digest_size=8).digest()
         self.first_row_s, self.further_row_s = self._warm_up()
         self._waiting = 0
 
     def _warm_up(self) -> tuple[float, float]:
         """Seconds for a run of one row, and for each row more; medians after the first, slow runs."""
-        sample = list(self.version.metadata.sample)
+        sample, _ = self.contract.resolve(None, list(self.version.metadata.sample), 0)
         packed = self.format.pack(sample)
 
         def measure(count: int) -> float:
@@ -114,6 +111,10 @@ class LiveModel:
         self.served = served
         self.router = router
         self.shadows = router.shadows if router is not None else ()
+        # The journal holds packed values; this tells their names and types, by version, to its reader.
+        columns = {v: s.version.metadata.columns for v, s in served.items() if isinstance(s, ServedVersion)}
+        self.schema = msgspec.msgpack.encode(columns)
+        self.schema_digest = blake2b(self.schema, digest_size=8).digest()
 
     def pick(self, version: str | None, key: str) -> tuple[ServedVersion, Choice]:
         """Who answers, and how it was chosen.

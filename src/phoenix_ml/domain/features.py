@@ -231,3 +231,10 @@ class FeatureContract:
 def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def describe_sources(letters: str, names: Sequence[str]) -> str | dict[str, str]:
+    """One word when all features came from the same place, else a word a feature."""
+    if len(letters) == 1:
+        return SOURCE_OF_LETTER[letters]
+    return {name: SOURCE_OF_LETTER[letter] for name, letter in zip(names, letters, strict=True)}

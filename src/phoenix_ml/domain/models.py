@@ -143,7 +143,7 @@ class Metadata(Struct, frozen=True):
     class_labels: tuple[str | int, ...] = ()
     label_output: str | None = None
     scores_output: str | None = None
-    sample: tuple[Scalar, ...] = ()
+    sample: tuple[Scalar | None, ...] = ()
     runtime: str = ""
     baseline: dict[str, Any] | None = None
 

@@ -1,0 +1,49 @@
+"""Storing and showing features of entities."""
+
+import time
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from phoenix_ml.application.ports import FeatureStore
+from phoenix_ml.domain.errors import EntityUnknown, FeatureInvalid, InvalidField
+from phoenix_ml.domain.rows import Scalar
+
+Features = Mapping[str, Scalar | None]
+
+
+async def store_features(store: FeatureStore, entities: Mapping[str, Features]) -> int:
+    """How many entities were written; each merges into what is stored, None removes a feature.
+
+    Raises InvalidField and FeatureInvalid before anything is written, and FeatureStoreUnavailable.
+    """
+    for entity_id, features in entities.items():
+        if not 0 < len(entity_id) <= 512:
+            raise InvalidField(
+                f"an entity id has 1 to 512 characters, {entity_id[:40]!r} has {len(entity_id)}",
+                field="entity_id",
+            )
+        if not features:
+            raise InvalidField(f"entity {entity_id!r}: no features are given", field="features")
+        for name, value in features.items():
+            if isinstance(value, float) and not isfinite(value):
+                raise FeatureInvalid(f"entity {entity_id!r}: {name!r} is not a finite number", feature=name)
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise FeatureInvalid(f"entity {entity_id!r}: {name!r} is beyond 64 bits", feature=name)
+    await store.write(entities, time.time_ns() // 1_000_000)
+    return len(entities)
+
+
+async def show_features(store: FeatureStore, entity_id: str) -> dict[str, Any]:
+    """All that is stored for the entity, and when each feature was written, in ms since the epoch.
+
+    Raises EntityUnknown and FeatureStoreUnavailable.
+    """
+    stored = await store.read_all(entity_id)
+    if stored is None:
+        raise EntityUnknown(f"no features are stored for entity {entity_id!r}", entity_id=entity_id)
+    return {
+        "entity_id": entity_id,
+        "features": stored.values,
+        "updated_at_ms": {name: stored.written_at_ms(name) for name in stored.values},
+    }

@@ -1,0 +1,78 @@
+"""What people and tools read of versions and predictions, as plain JSON."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from phoenix_ml.application.ports import LoggedPrediction, UnmatchedOutcome
+from phoenix_ml.domain.models import ModelVersion
+
+
+def iso_time(at_ms: int | None) -> str | None:
+    """RFC 3339 in UTC, with milliseconds.
+
+    >>> iso_time(0)
+    '1970-01-01T00:00:00.000Z'
+    """
+    if at_ms is None:
+        return None
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe_version(version: ModelVersion, *, baseline: bool = False) -> dict[str, Any]:
+    """One version; the baseline only on request, it may be long."""
+    metadata = version.metadata
+    described: dict[str, Any] = {
+        "id": version.model_id,
+        "version": version.version,
+        "stage": version.stage,
+        "is_active": version.is_active,
+        "framework": version.framework,
+        "sha256": version.sha256,
+        "uri": version.uri,
+        "created_at": iso_time(version.created_at_ms),
+        "task": metadata.task,
+        "class_labels": metadata.class_labels,
+        "features": {name: msgspec.to_builtins(metadata.contract[name]) for name in metadata.features},
+        "inputs": msgspec.to_builtins(metadata.signature.inputs),
+        "outputs": msgspec.to_builtins(metadata.signature.outputs),
+        "runtime": metadata.runtime,
+        "has_baseline": metadata.baseline is not None,
+    }
+    if baseline:
+        described["baseline"] = metadata.baseline
+    return described
+
+
+def describe_prediction(row: LoggedPrediction) -> dict[str, Any]:
+    """One row of the prediction log; its outcome is null until somebody reports it."""
+    return {
+        "prediction_id": row.id,
+        "model_id": row.model_id,
+        "model_version": row.model_version,
+        "entity_id": row.entity_id,
+        "request_id": row.request_id,
+        "result": row.result,
+        "confidence": row.confidence,
+        "probabilities": row.probabilities,
+        "features": row.features,
+        "feature_sources": row.feature_sources,
+        "route": row.route,
+        "latency_ms": row.latency_ms,
+        "created_at": iso_time(row.created_at_ms),
+        "sha256": row.sha256,
+        "batch_size": row.batch_size,
+        "batch_position": row.batch_position,
+        "outcome": row.outcome,
+        "outcome_at": iso_time(row.outcome_at_ms),
+    }
+
+
+def describe_outcome(outcome: UnmatchedOutcome) -> dict[str, Any]:
+    return {
+        "prediction_id": outcome.prediction_id,
+        "outcome": outcome.outcome,
+        "observed_at": iso_time(outcome.observed_at_ms),
+        "received_at": iso_time(outcome.received_at_ms),
+    }

@@ -1,0 +1,743 @@
+"""The command ``phoenix-ml``. Exit codes: 0, 1 (failed), 2 (usage)."""
+
+import asyncio
+import getpass
+import json
+import logging
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from phoenix_ml import __version__
+from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
+from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachable
+from phoenix_ml.domain.features import FeatureRule
+from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+from phoenix_ml.settings import load_settings
+
+T = TypeVar("T")
+# A bulk command waits for the store as long as a person would, not as long as a request may.
+_COMMAND_DEADLINE_MS = 5000.0
+
+err = Console(stderr=True)
+
+
+class PhoenixGroup(click.Group):
+    """Shows our errors as one line and exits with 1; anything else is a defect and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PhoenixError as exc:
+            err.print(f"[bold red]error[/] [dim]{exc.code}[/] ", end="")
+            err.print(exc.message, markup=False, highlight=False)
+            ctx.exit(1)
+
+
+def example(text: str) -> Callable[[T], T]:
+    """Puts an example at the end of a command's help, as it is to be typed."""
+
+    def add(command: T) -> T:
+        command.__doc__ = f"{command.__doc__}\n\n\b\nExample:\n  {text}"
+        return command
+
+    return add
+
+
+data_option = click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder of all that is stored (PHOENIX_DATA)."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+url_option = click.option(
+    "--url", default="http://127.0.0.1:8000", show_default=True, help="Base URL of a running server."
+)
+
+
+@click.group(cls=PhoenixGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="phoenix-ml")
+def main() -> None:
+    """Real-time machine-learning inference: fast, on record, watched.
+
+    Settings come from flags, else PHOENIX_… variables, else phoenix.toml.
+    """
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+
+
+@contextmanager
+def opened(data: Path | None) -> Iterator[Phoenix]:
+    """The application with its database up to date."""
+    phoenix = bootstrap(load_settings(data=data))
+    try:
+        phoenix.database.upgrade_if_embedded()
+        yield phoenix
+    finally:
+        phoenix.database.close()
+
+
+def actor() -> str:
+    """Who types, for the audit log."""
+    try:
+        return f"cli {getpass.getuser()}"
+    except (KeyError, OSError):  # a container may run under a user id without a name
+        return "cli"
+
+
+def show_json(content: Any) -> None:
+    click.echo(json.dumps(msgspec.to_builtins(content), indent=2, ensure_ascii=False))
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def progress_bar(unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        console=err,
+    )
+
+
+# serve, work, db, doctor
+
+
+@main.command()
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="TCP port; 0 takes a free one.")
+@click.option("--workers", type=int, help="API processes.")
+@click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
+@data_option
+@example("phoenix-ml serve --port 8000 --workers 2 --data ./phoenix-data")
+def serve(**flags: Any) -> None:
+    """Serve predictions and keep the log, until Ctrl-C."""
+    from phoenix_ml.infrastructure.telemetry.logs import configure_logs
+    from phoenix_ml.processes.supervisor import supervise
+
+    settings = load_settings(**flags)
+    configure_logs(settings.log_level, settings.log_format, "supervisor")
+
+    def announce(url: str) -> None:
+        err.print(f"Phoenix ML {__version__} serves [bold]{url}[/]   docs {url}/docs   metrics {url}/metrics")
+        err.print("[dim]Ctrl-C stops it.[/]")
+
+    sys.exit(supervise(bootstrap(settings), announce))
+
+
+@main.command()
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(["log"]))
+@click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
+@data_option
+@example("phoenix-ml work log --metrics-port 9100")
+def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
+    """Run background roles by themselves: log writes the journals' events into the prediction log."""
+    from phoenix_ml.infrastructure.telemetry.exporter import export_metrics
+    from phoenix_ml.infrastructure.telemetry.logs import configure_logs
+    from phoenix_ml.processes.background import stop_on_signals
+    from phoenix_ml.processes.background import work as run
+
+    with opened(data) as phoenix:
+        settings = phoenix.settings
+        configure_logs(settings.log_level, settings.log_format, "+".join(roles))
+        with export_metrics(settings.metrics_folder, settings.host, metrics_port):
+            run(phoenix, "work-log", stop_on_signals())
+
+
+@main.group()
+def db() -> None:
+    """The database."""
+
+
+@db.command("upgrade")
+@data_option
+@example("PHOENIX_DATABASE=postgresql://phoenix@db/phoenix phoenix-ml db upgrade")
+def db_upgrade(data: Path | None) -> None:
+    """Bring the database's tables to this version; safe to run again."""
+    phoenix = bootstrap(load_settings(data=data))
+    revision = phoenix.database.upgrade()
+    click.echo(f"{phoenix.database.name} is at revision {revision}")
+
+
+@main.command()
+@data_option
+@json_option
+@example("phoenix-ml doctor --data ./phoenix-data")
+def doctor(data: Path | None, as_json: bool) -> None:
+    """Check what a server would need, and say what to do about what is missing."""
+    from phoenix_ml.processes.doctor import examine
+
+    findings = examine(load_settings(data=data))
+    if as_json:
+        show_json(findings)
+    else:
+        table = Table("check", "state", "what was found", box=None)
+        for finding in findings:
+            table.add_row(finding.check, "[green]ok[/]" if finding.ok else "[red]failed[/]", finding.found)
+        Console().print(table)
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+# models
+
+
+@main.group()
+def models() -> None:
+    """Versions of models: register, promote, activate, route."""
+
+
+@models.command("register")
+@click.argument("artifact", metavar="PATH", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--id", "model_id", required=True, help="The model's name.")
+@click.option("--version", required=True, help="Semantic version, such as 1.0.0.")
+@click.option("--stage", type=click.Choice(list(Stage)), default="dev", show_default=True)
+@click.option(
+    "--features", type=click.Path(exists=True, path_type=Path), help="Feature contract, a JSON file."
+)
+@click.option(
+    "--task", type=click.Choice(["classification", "regression"]), help="Where the graph is unclear."
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Training rows (.csv, .parquet) for the baseline."
+)
+@click.option("--activate", is_flag=True, help="Let it answer requests at once.")
+@data_option
+@json_option
+@example(
+    "phoenix-ml models register model.onnx --id credit-risk --version 1.0.0 --reference train.parquet --activate"
+)
+def models_register(
+    artifact: Path,
+    model_id: str,
+    version: str,
+    stage: str,
+    features: Path | None,
+    task: str | None,
+    reference: Path | None,
+    activate: bool,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Register an ONNX file as a version: stored, checked, loaded and run once."""
+    from phoenix_ml.application.catalogue import Registration, register
+    from phoenix_ml.infrastructure.tables import read_columns
+
+    contract: dict[str, FeatureRule] = {}
+    if features is not None:
+        from phoenix_ml.infrastructure.http.codec import decode_json
+
+        contract = decode_json(features.read_bytes(), dict[str, FeatureRule])
+    registration = Registration(model_id, version, Stage(stage), contract, task)
+    with opened(data) as phoenix:
+        registered = register(
+            phoenix.registry,
+            phoenix.artifacts,
+            phoenix.engines,
+            artifact,
+            registration,
+            actor=actor(),
+            reference=read_columns(reference) if reference is not None else None,
+        )
+        if activate:
+            registered = phoenix.registry.set_active(model_id, version, True, actor())
+    show_version(registered, as_json)
+
+
+def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False) -> None:
+    from phoenix_ml.application.reports import describe_version
+
+    described = describe_version(version, baseline=baseline)
+    if as_json:
+        show_json(described)
+        return
+    console = Console()
+    state = "[green]active[/]" if version.is_active else "inactive"
+    console.print(f"[bold]{version.model_id} {version.version}[/]  {version.stage}  {state}")
+    console.print(
+        f"[dim]{version.metadata.task}, {version.metadata.runtime}, sha256 {version.sha256[:16]}…[/]"
+    )
+    table = Table("feature", "type", "default", "max age", "meaning", box=None)
+    for name in version.metadata.features:
+        rule = version.metadata.contract[name]
+        required = isinstance(rule.default, msgspec.UnsetType)
+        age = "" if rule.max_age_s is None else f"{rule.max_age_s:g} s"
+        default = "[dim]required[/]" if required else json.dumps(rule.default)
+        table.add_row(name, rule.type, default, age, rule.description)
+    console.print(table)
+    if baseline:
+        show_json(described["baseline"])
+
+
+@models.command("list")
+@data_option
+@json_option
+@example("phoenix-ml models list")
+def models_list(data: Path | None, as_json: bool) -> None:
+    """All versions of all models."""
+    from phoenix_ml.application.reports import describe_version, iso_time
+
+    with opened(data) as phoenix:
+        versions = phoenix.registry.list_versions()
+        routings = phoenix.registry.routings()
+    if as_json:
+        show_json([describe_version(version) for version in versions])
+        return
+    if not versions:
+        click.echo(
+            "no model is registered yet: phoenix-ml models register PATH --id ID --version V --activate"
+        )
+        return
+    table = Table("model", "version", "stage", "active", "role", "task", "registered", box=None)
+    for version in versions:
+        routing = routings.get(version.model_id)
+        arms = routing.arms if routing else ()
+        roles = [f"{a.role} {a.weight:g}" for a in arms if a.version == version.version]
+        table.add_row(
+            version.model_id,
+            version.version,
+            version.stage,
+            "yes" if version.is_active else "",
+            roles[0] if roles else "",
+            version.metadata.task,
+            iso_time(version.created_at_ms),
+        )
+    Console().print(table)
+
+
+@models.command("show")
+@click.argument("model_id")
+@click.argument("version", required=False)
+@click.option("--baseline", is_flag=True, help="The training data's distribution too.")
+@data_option
+@json_option
+@example("phoenix-ml models show credit-risk 1.0.0 --baseline")
+def models_show(model_id: str, version: str | None, baseline: bool, data: Path | None, as_json: bool) -> None:
+    """One version, or all of a model: signature, feature contract, stage."""
+    from phoenix_ml.application.reports import describe_version
+
+    with opened(data) as phoenix:
+        registry = phoenix.registry
+        found = registry.list_versions(model_id) if version is None else [registry.get(model_id, version)]
+    if as_json:
+        described = [describe_version(one, baseline=baseline) for one in found]
+        show_json(described if version is None else described[0])
+        return
+    for one in found:
+        show_version(one, False, baseline=baseline)
+
+
+@models.command("stage")
+@click.argument("model_id")
+@click.argument("version")
+@click.argument("stage", type=click.Choice(list(Stage)))
+@data_option
+@json_option
+@example("phoenix-ml models stage credit-risk 1.1.0 prod")
+def models_stage(model_id: str, version: str, stage: str, data: Path | None, as_json: bool) -> None:
+    """Move a version one step: dev, staging, prod."""
+    with opened(data) as phoenix:
+        show_version(phoenix.registry.set_stage(model_id, version, Stage(stage), actor()), as_json)
+
+
+@models.command("activate")
+@click.argument("model_id")
+@click.argument("version")
+@data_option
+@json_option
+@example("phoenix-ml models activate credit-risk 1.1.0")
+def models_activate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
+    """Let a version answer requests."""
+    with opened(data) as phoenix:
+        show_version(phoenix.registry.set_active(model_id, version, True, actor()), as_json)
+
+
+@models.command("deactivate")
+@click.argument("model_id")
+@click.argument("version")
+@data_option
+@json_option
+@example("phoenix-ml models deactivate credit-risk 1.0.0")
+def models_deactivate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
+    """Take a version out of service."""
+    with opened(data) as phoenix:
+        show_version(phoenix.registry.set_active(model_id, version, False, actor()), as_json)
+
+
+@models.command("routing")
+@click.argument("model_id")
+@click.argument("arms", nargs=-1, metavar="[VERSION[=WEIGHT]]...")
+@click.option(
+    "--strategy",
+    type=click.Choice([s for s in Strategy if s is not Strategy.PINNED]),
+    help="Default: ab_test.",
+)
+@click.option("--salt", default="", help="Separates this experiment's assignment from others.")
+@click.option("--clear", is_flag=True, help="Go back to the default routing.")
+@data_option
+@json_option
+@example("phoenix-ml models routing credit-risk 1.0.0=90 1.1.0=10 --strategy canary")
+def models_routing(
+    model_id: str,
+    arms: tuple[str, ...],
+    strategy: str | None,
+    salt: str,
+    clear: bool,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Show or set how requests are shared out. The first version is the champion."""
+    from phoenix_ml.application.catalogue import set_routing
+
+    with opened(data) as phoenix:
+        versions = phoenix.registry.list_versions(model_id)
+        if clear:
+            phoenix.registry.clear_routing(model_id, actor())
+        elif arms:
+            routing = parse_routing(arms, strategy, salt)
+            set_routing(phoenix.registry, model_id, routing, actor=actor())
+        in_force = phoenix.registry.routings().get(model_id)
+        is_default = in_force is None
+        if in_force is None:
+            from phoenix_ml.domain.routing import default_routing
+
+            in_force = default_routing(version for version in versions if version.is_active)
+    if as_json:
+        show_json({"routing": in_force, "is_default": is_default})
+        return
+    if in_force is None:
+        click.echo(f"no version of {model_id} is active: phoenix-ml models activate {model_id} VERSION")
+        return
+    table = Table("version", "role", "weight", box=None)
+    for arm in in_force.arms:
+        table.add_row(arm.version, arm.role, f"{arm.weight:g}")
+    Console().print(f"[bold]{model_id}[/]  {in_force.strategy}{' (default)' if is_default else ''}")
+    Console().print(table)
+
+
+def parse_routing(arms: tuple[str, ...], strategy: str | None, salt: str) -> Routing:
+    """A routing from ``VERSION[=WEIGHT]`` words; the first is the champion."""
+    chosen = Strategy(strategy or ("single" if len(arms) == 1 else "ab_test"))
+    other = Role.SHADOW if chosen is Strategy.SHADOW else Role.CHALLENGER
+    parsed = []
+    for number, word in enumerate(arms):
+        version, _, weight = word.partition("=")
+        try:
+            parsed.append(Arm(version, other if number else Role.CHAMPION, float(weight or 1)))
+        except ValueError:
+            raise InvalidField(f"{word!r}: write VERSION=WEIGHT, such as 1.0.0=90", field="arms") from None
+    return Routing(chosen, tuple(parsed), salt)
+
+
+# features
+
+
+@main.group()
+def features() -> None:
+    """The feature store."""
+
+
+@features.command("load")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--entity", required=True, metavar="COLUMN", help="The column with the entity ids.")
+@data_option
+@json_option
+@example("phoenix-ml features load customers.parquet --entity customer_id")
+def features_load(file: Path, entity: str, data: Path | None, as_json: bool) -> None:
+    """Load a CSV or Parquet table: a row an entity, a column a feature; empty cells remove."""
+    loaded = run_async(load_file(file, entity, data))
+    if as_json:
+        show_json({"entities": loaded})
+    else:
+        click.echo(f"{loaded} entities loaded")
+
+
+async def load_file(file: Path, entity: str, data: Path | None) -> int:
+    from phoenix_ml.application.features import store_features
+    from phoenix_ml.infrastructure.tables import open_table
+
+    store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+    loaded = 0
+    try:
+        with open_table(file) as table, Progress(console=err) as bar:
+            if entity not in table.names:
+                raise InvalidField(
+                    f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
+                )
+            names = [name for name in table.names if name != entity]
+            task = bar.add_task(f"loading {file.name}", total=1.0)
+            for columns, share in table.batches:
+                rows = zip(*(columns[name] for name in names), strict=True)
+                loaded += await store_features(
+                    store,
+                    {
+                        _entity_id(key, file): {
+                            # NaN is how data frames write "missing"
+                            n: None if v != v else v  # noqa: PLR0124
+                            for n, v in zip(names, row, strict=True)
+                        }
+                        for key, row in zip(columns[entity], rows, strict=True)
+                    },
+                )
+                bar.update(task, completed=share)
+    finally:
+        await store.close()
+    return loaded
+
+
+def _entity_id(key: object, file: Path) -> str:
+    if key is None:
+        raise InvalidField(f"{file.name} has a row without an entity id", field="entity")
+    return str(key)
+
+
+@features.command("get")
+@click.argument("entity_id")
+@data_option
+@json_option
+@example("phoenix-ml features get cust_0001")
+def features_get(entity_id: str, data: Path | None, as_json: bool) -> None:
+    """What is stored for an entity, and since when."""
+    from phoenix_ml.application.features import show_features
+    from phoenix_ml.application.reports import iso_time
+
+    async def fetch() -> dict[str, Any]:
+        store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+        try:
+            return await show_features(store, entity_id)
+        finally:
+            await store.close()
+
+    found = run_async(fetch())
+    if as_json:
+        show_json(found)
+        return
+    table = Table("feature", "value", "written", box=None)
+    for name, value in found["features"].items():
+        table.add_row(name, json.dumps(value, ensure_ascii=False), iso_time(found["updated_at_ms"][name]))
+    Console().print(table)
+
+
+@features.command("put")
+@click.argument("entity_id")
+@click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
+@data_option
+@json_option
+@example("phoenix-ml features put cust_0001 income=2100 home=owner debt=null")
+def features_put(entity_id: str, values: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+    """Store features of an entity: numbers, true, false; null removes; else text."""
+    from phoenix_ml.application.features import store_features
+
+    given = dict(_parse_value(word) for word in values)
+
+    async def put() -> int:
+        store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+        try:
+            return await store_features(store, {entity_id: given})
+        finally:
+            await store.close()
+
+    written = run_async(put())
+    if as_json:
+        show_json({"written": written})
+    else:
+        click.echo(f"{len(given)} features of {entity_id} written")
+
+
+def _parse_value(word: str) -> tuple[str, Any]:
+    name, separator, text = word.partition("=")
+    if not separator or not name:
+        raise InvalidField(f"{word!r}: write NAME=VALUE, such as income=2100", field="values")
+    try:
+        value = msgspec.json.decode(text.encode(), type=float | int | bool | str | None)
+    except msgspec.DecodeError:
+        value = text
+    return name, value
+
+
+# predict, predictions
+
+
+@main.command()
+@click.argument("model_id")
+@click.option("--entity", "entity_id", help="Whose stored features to use.")
+@click.option("--feature", "given", multiple=True, metavar="NAME=VALUE", help="A feature; repeat it.")
+@click.option("--version", "model_version", help="Ask this version instead of the routing's choice.")
+@url_option
+@json_option
+@example("phoenix-ml predict credit-risk --entity cust_0001")
+def predict(
+    model_id: str,
+    entity_id: str | None,
+    given: tuple[str, ...],
+    model_version: str | None,
+    url: str,
+    as_json: bool,
+) -> None:
+    """Ask a running server for one prediction."""
+    body: dict[str, Any] = {"model_id": model_id}
+    if entity_id is not None:
+        body["entity_id"] = entity_id
+    if given:
+        body["features"] = dict(_parse_value(word) for word in given)
+    if model_version is not None:
+        body["model_version"] = model_version
+    found = call_server(url, "/predict", body)
+    if as_json:
+        show_json(found)
+        return
+    confidence = "" if found["confidence"] is None else f"  confidence {found['confidence']:.3f}"
+    console = Console()
+    console.print(f"[bold]{found['result']}[/]{confidence}")
+    console.print(
+        f"[dim]{found['model_id']} {found['model_version']} as {found['role']}, {found['latency_ms']} ms, "
+        f"id {found['prediction_id']}[/]"
+    )
+
+
+def call_server(url: str, path: str, body: dict[str, Any]) -> Any:
+    """The answer's JSON. Raises ServerUnreachable, or the server's own error."""
+    import httpx
+
+    try:
+        response = httpx.post(f"{url}{path}", json=body, timeout=30)
+        answered = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise ServerUnreachable(
+            f"{url} does not answer ({exc}): start one with 'phoenix-ml serve', or give --url"
+        ) from exc
+    except ValueError as exc:
+        raise ServerUnreachable(f"{url} answers, but it is not a Phoenix server") from exc
+    if response.status_code >= 400:
+        raise ServerRefusal(answered["error"])
+    return answered
+
+
+class ServerRefusal(PhoenixError):
+    """An error that the server answered, shown with the server's own code."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["message"], **error["details"])
+        self.code = error["code"]  # type: ignore[misc]
+
+
+@main.group()
+def predictions() -> None:
+    """The prediction log."""
+
+
+@predictions.command("list")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--version", "model_version", help="Only this version.")
+@click.option("--entity", "entity_id", help="Only this entity.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
+@data_option
+@json_option
+@example("phoenix-ml predictions list --model credit-risk --limit 5")
+def predictions_list(
+    model_id: str | None,
+    model_version: str | None,
+    entity_id: str | None,
+    limit: int,
+    cursor: str | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Predictions on record, newest first."""
+    from phoenix_ml.application.ports import PredictionQuery
+    from phoenix_ml.application.reports import describe_prediction
+
+    query = PredictionQuery(model_id, model_version, entity_id, limit=limit, cursor=cursor)
+    with opened(data) as phoenix:
+        rows, next_cursor = phoenix.prediction_log.page(query)
+    items = [describe_prediction(row) for row in rows]
+    if as_json:
+        show_json({"items": items, "next_cursor": next_cursor})
+        return
+    table = Table(
+        "time", "model", "version", "role", "entity", "result", "confidence", "outcome", "id", box=None
+    )
+    for item in items:
+        confidence = "" if item["confidence"] is None else f"{item['confidence']:.3f}"
+        outcome = "" if item["outcome"] is None else str(item["outcome"])
+        table.add_row(
+            item["created_at"],
+            item["model_id"],
+            item["model_version"],
+            item["route"]["role"],
+            item["entity_id"] or "",
+            str(item["result"]),
+            confidence,
+            outcome,
+            item["prediction_id"],
+        )
+    Console().print(table)
+    if next_cursor:
+        click.echo(f"more: --cursor {next_cursor}")
+
+
+@predictions.command("show")
+@click.argument("prediction_id")
+@data_option
+@example("phoenix-ml predictions show 01928c5a-…")
+def predictions_show(prediction_id: str, data: Path | None) -> None:
+    """One prediction in full, as JSON: values, sources, route, outcome."""
+    from phoenix_ml.application.reports import describe_prediction
+
+    with opened(data) as phoenix:
+        show_json(describe_prediction(phoenix.prediction_log.get(prediction_id)))
+
+
+@predictions.command("unmatched")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@data_option
+@json_option
+@example("phoenix-ml predictions unmatched")
+def predictions_unmatched(limit: int, data: Path | None, as_json: bool) -> None:
+    """Outcomes that were reported for predictions nobody made."""
+    from phoenix_ml.application.reports import describe_outcome
+
+    with opened(data) as phoenix:
+        count, found = phoenix.prediction_log.unmatched_outcomes(limit)
+    items = [describe_outcome(one) for one in found]
+    if as_json:
+        show_json({"count": count, "items": items})
+        return
+    click.echo(f"{count} outcomes have no prediction in the log")
+    for item in items:
+        click.echo(f"  {item['received_at']}  {item['prediction_id']}  {item['outcome']}")
+
+
+# demo
+
+
+@main.command()
+@click.option("--port", type=int, default=8000, show_default=True)
+@click.option("--exit", "exit_after", is_flag=True, help="End after the report instead of serving on.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=Path("phoenix-demo"),
+    show_default=True,
+    help="Made anew.",
+)
+@example("phoenix-ml demo --exit")
+def demo(port: int, exit_after: bool, data: Path) -> None:
+    """See it work: train two credit-risk models, serve them as an A/B test, replay real applicants."""
+    from phoenix_ml.demo.show import run_demo
+
+    sys.exit(run_demo(data, port, exit_after))
+
+
+if __name__ == "__main__":
+    main()

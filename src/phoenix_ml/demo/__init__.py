@@ -1,0 +1,1 @@
+"""The demonstration: real credit applications and two models trained on them."""

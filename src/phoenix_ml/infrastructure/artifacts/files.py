@@ -1,0 +1,74 @@
+"""Artifacts in a local folder, each under its SHA-256. See ``ArtifactStore`` in the ports."""
+
+import os
+import re
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+from phoenix_ml.application.ports import StoredArtifact
+from phoenix_ml.domain.errors import ModelLoadFailed
+
+_BLOCK_BYTES = 1 << 20
+# The only form of URI that the store hands out, so nothing else can lead anywhere.
+_URI = re.compile(r"sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})")
+
+
+class FileArtifacts:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, source: Path) -> StoredArtifact:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        digest = sha256()
+        with source.open("rb") as given, tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as copy:
+            try:
+                while block := given.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    copy.write(block)
+                copy.flush()
+                os.fsync(copy.fileno())
+                name = digest.hexdigest()
+                uri = f"sha256/{name[:2]}/{name}"
+                path = self._folder / uri
+                is_new = not path.exists()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Path(copy.name).chmod(0o444)
+                # Also over an existing file: should that one be damaged, this heals it.
+                Path(copy.name).replace(path)
+            except BaseException:
+                Path(copy.name).unlink(missing_ok=True)
+                raise
+        return StoredArtifact(uri, name, is_new)
+
+    def fetch(self, uri: str, sha256_: str) -> Path:
+        path = self._locate(uri)
+        try:
+            # A link would let whoever can write to the folder lead the server out of it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with os.fdopen(descriptor, "rb") as file:
+                digest = sha256()
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as exc:
+            raise ModelLoadFailed(
+                f"the artifact cannot be read: {exc.strerror}: {path}", uri=uri, path=str(path)
+            ) from exc
+        if digest.hexdigest() != sha256_:
+            raise ModelLoadFailed(
+                f"the artifact is damaged: {path} has sha256 {digest.hexdigest()}, registered was {sha256_}",
+                uri=uri,
+                path=str(path),
+                found_sha256=digest.hexdigest(),
+            )
+        return path
+
+    def remove(self, uri: str) -> None:
+        self._locate(uri).unlink(missing_ok=True)
+
+    def _locate(self, uri: str) -> Path:
+        path = self._folder / uri
+        inside = path.parent.resolve() == (self._folder.resolve() / uri).parent
+        if not _URI.fullmatch(uri) or not inside:
+            raise ModelLoadFailed(f"the artifact URI {uri!r} leads out of the store", uri=uri)
+        return path

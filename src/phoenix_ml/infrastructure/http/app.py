@@ -1,0 +1,230 @@
+"""One API process's ASGI application: the loaded calls first, everything else to FastAPI."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse, Response
+from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from phoenix_ml import __version__
+from phoenix_ml.application.ports import FeatureStore
+from phoenix_ml.application.serving import LiveModels
+from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.domain.errors import (
+    DatabaseUnavailable,
+    FeatureStoreUnavailable,
+    InternalError,
+    InvalidField,
+    MalformedBody,
+    MethodNotAllowed,
+    PathUnknown,
+    PhoenixError,
+)
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequest
+from phoenix_ml.infrastructure.http.bodies import Receive
+from phoenix_ml.infrastructure.http.calls import PredictionCalls, Send
+from phoenix_ml.infrastructure.http.codec import encode_error
+from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
+from phoenix_ml.infrastructure.http.features import feature_routes
+from phoenix_ml.infrastructure.http.models import model_routes
+from phoenix_ml.infrastructure.http.records import record_routes
+from phoenix_ml.infrastructure.http.routes import answer, describe_body
+from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
+from phoenix_ml.infrastructure.telemetry.logs import request_id_var
+from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
+
+log = logging.getLogger(__name__)
+Asgi = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
+
+_DESCRIPTION = """Answers predictions, records every one of them, and manages the models behind them.
+Errors are `{"error": {"code", "message", "details"}}`."""
+
+
+def build_app(
+    phoenix: Phoenix,
+    features: FeatureStore,
+    live: LiveModels,
+    calls: PredictionCalls,
+    journal_is_writable: Callable[[], str],
+) -> Asgi:
+    """The application. The calls that carry the load never enter FastAPI."""
+    explored = _explored_app(phoenix, features, live, calls, journal_is_writable)
+
+    async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in calls.by_path:
+            await calls(scope, receive, send)
+        else:
+            await explored(scope, receive, send)  # type: ignore[arg-type]
+
+    return app
+
+
+def _explored_app(
+    phoenix: Phoenix,
+    features: FeatureStore,
+    live: LiveModels,
+    calls: PredictionCalls,
+    journal_is_writable: Callable[[], str],
+) -> FastAPI:
+    # Its documentation pages bring their scripts along: they work on a machine without internet.
+    app: FastAPI = FastAPIOffline(
+        title="Phoenix ML", version=__version__, description=_DESCRIPTION, redoc_url=None
+    )
+    _map_errors(app)
+    _mount_calls(app, calls)
+    app.include_router(model_routes(phoenix, live))
+    app.include_router(feature_routes(features, phoenix.settings.body_limit_bytes))
+    app.include_router(record_routes(phoenix))
+
+    @app.middleware("http")
+    async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("x-request-id", "")
+        request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else new_id()
+        token = request_id_var.set(request_id)
+        started = time.perf_counter()
+        try:
+            response = await call_next(request)
+        finally:
+            request_id_var.reset(token)
+        response.headers["x-request-id"] = request_id
+        if request.method != "GET":
+            log.info(
+                "%s %s %d",
+                request.method,
+                request.url.path,
+                response.status_code,
+                extra={
+                    "request_id": request_id,
+                    "duration_ms": round((time.perf_counter() - started) * 1000, 3),
+                },
+            )
+        return response
+
+    @app.get("/", include_in_schema=False)
+    def console() -> Response:
+        return RedirectResponse("/docs")
+
+    @app.get("/health/live", tags=["operations"])
+    async def live_check() -> Response:
+        """200 while the process answers at all."""
+        return answer({"status": "ok"})
+
+    @app.get("/health/ready", tags=["operations"])
+    async def ready_check() -> Response:
+        """What each dependency says. 503 only when predictions cannot be answered at all."""
+        checks = {
+            "models": _models_state(live),
+            "journal": journal_is_writable(),
+            "features": await _features_state(features),
+            "database": await run_in_threadpool(_database_state, phoenix),
+        }
+        able = live.is_ready and checks["journal"] == "ok"
+        status = "unavailable" if not able else "ok" if set(checks.values()) == {"ok"} else "degraded"
+        failed = live.failures()
+        return answer({"status": status, "checks": checks, "models_failed": failed}, 200 if able else 503)
+
+    @app.get("/metrics", tags=["operations"])
+    def metrics(request: Request) -> Response:
+        """All processes' metrics, summed, for Prometheus."""
+        openmetrics, content_type = negotiate(request.headers.get("accept", ""))
+        text = render(phoenix.settings.metrics_folder, CATALOGUE, openmetrics=openmetrics)
+        return Response(text, media_type=None, headers={"content-type": content_type})
+
+    return app
+
+
+def _mount_calls(app: FastAPI, calls: PredictionCalls) -> None:
+    """The loaded calls as ordinary routes: for the documentation, and for servers other than ours."""
+    described: list[tuple[str, Any, str, str]] = [
+        ("/predict", PredictionRequest, "predict", "One prediction for an entity or for features."),
+        ("/predict/batch", BatchRequest, "predict_batch", "Many rows of one model, all or none."),
+        ("/feedback", Feedback | list[Feedback], "feedback", "Outcomes of earlier predictions."),
+    ]
+    for path, kind, name, summary in described:
+
+        async def endpoint(request: Request) -> Response:
+            # Reached only where ``build_app`` is not in front.
+            answered: list[Mapping[str, Any]] = []
+
+            async def keep(message: Mapping[str, Any]) -> None:
+                answered.append(message)
+
+            await calls(request.scope, request.receive, keep)
+            response = Response(answered[1]["body"], answered[0]["status"])
+            response.raw_headers = list(answered[0]["headers"])
+            return response
+
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            name=name,
+            summary=summary,
+            tags=["predictions"],
+            openapi_extra=describe_body(kind),
+        )
+
+
+def _map_errors(app: FastAPI) -> None:
+    def respond(error: PhoenixError) -> Response:
+        status = status_of(error)
+        if status >= 500:
+            log.error("%s: %s", error.code, error.message, extra={"details": error.details})
+        response = Response(encode_error(error), status, media_type="application/json")
+        if (seconds := retry_after_s(error)) is not None:
+            response.headers["retry-after"] = str(seconds)
+        return response
+
+    @app.exception_handler(PhoenixError)
+    async def known(_: Request, exc: PhoenixError) -> Response:
+        return respond(exc)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, exc: RequestValidationError) -> Response:
+        first = exc.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return respond(InvalidField(f"{field}: {first['msg']}", field=field))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, exc: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        if exc.status_code == 404:
+            return respond(PathUnknown(f"there is no {where}; /docs lists what there is"))
+        if exc.status_code == 405:
+            return respond(MethodNotAllowed(f"{where}: the path exists, the method does not; see /docs"))
+        return respond(MalformedBody(str(exc.detail)))
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, exc: Exception) -> Response:
+        log.error("internal_error: %s", exc, exc_info=exc)
+        return respond(InternalError("a defect on our side; it is logged"))
+
+
+def _models_state(live: LiveModels) -> str:
+    if not live.is_ready:
+        return "the registry was not read yet"
+    failed = live.failures()
+    return "ok" if not failed else f"{len(failed)} active versions do not load: {', '.join(sorted(failed))}"
+
+
+async def _features_state(features: FeatureStore) -> str:
+    try:
+        await features.check()
+    except FeatureStoreUnavailable as exc:
+        return exc.message
+    return "ok"
+
+
+def _database_state(phoenix: Phoenix) -> str:
+    try:
+        phoenix.database.check()
+    except DatabaseUnavailable as exc:
+        return exc.message
+    return "ok"

@@ -1,0 +1,209 @@
+"""Routes of the model catalogue."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from phoenix_ml.application.catalogue import Registration, register, set_routing
+from phoenix_ml.application.reports import describe_version
+from phoenix_ml.application.serving import LiveModels
+from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.domain.errors import InvalidField, MalformedBody
+from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.routing import Routing
+from phoenix_ml.infrastructure.http.bodies import limit_body
+from phoenix_ml.infrastructure.http.caller import name_caller
+from phoenix_ml.infrastructure.http.codec import decode_json
+from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
+from phoenix_ml.infrastructure.tables import read_columns
+
+
+class StageChange(msgspec.Struct, forbid_unknown_fields=True):
+    stage: Stage
+
+
+def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
+    """The catalogue's routes in one API process."""
+    router = APIRouter(tags=["models"])
+    registry = phoenix.registry
+    body_limit_bytes = phoenix.settings.body_limit_bytes
+
+    def changed(version: ModelVersion) -> Response:
+        live.refresh()  # this process at once, the others at their next poll
+        return answer(describe_version(version))
+
+    @router.get("/models")
+    def list_models() -> Response:
+        """Every version of every model, with stage and activity, and the routings that were set."""
+        routings = registry.routings()
+        items = [
+            {**describe_version(version), "routing": routings.get(version.model_id)}
+            for version in registry.list_versions()
+        ]
+        return answer({"items": items, "next_cursor": None})
+
+    @router.post(
+        "/models",
+        status_code=201,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "multipart/form-data": {
+                        "schema": {
+                            "type": "object",
+                            "required": ["artifact", "model"],
+                            "properties": {
+                                "artifact": {"type": "string", "format": "binary"},
+                                "model": {
+                                    "type": "string",
+                                    "description": 'JSON: {"id", "version", "stage"?, "features"?, "task"?}',
+                                },
+                                "reference": {
+                                    "type": "string",
+                                    "format": "binary",
+                                    "description": "Training rows, CSV or Parquet: the version's baseline.",
+                                },
+                            },
+                        }
+                    }
+                },
+            }
+        },
+    )
+    async def register_model(request: Request) -> Response:
+        """Registers a version from an uploaded artifact: checked, loaded, and run on sample rows."""
+        limited = Request(request.scope, limit_body(request.receive, phoenix.settings.upload_limit_bytes))
+        try:
+            async with limited.form(max_files=2, max_fields=4) as form:
+                artifact, model, reference = form.get("artifact"), form.get("model"), form.get("reference")
+                if not isinstance(artifact, UploadFile):
+                    raise InvalidField(
+                        "send the model file as the multipart part 'artifact'", field="artifact"
+                    )
+                if model is None:
+                    raise InvalidField(
+                        "send the multipart part 'model': JSON with id and version", field="model"
+                    )
+                text = await model.read() if isinstance(model, UploadFile) else model.encode()
+                registration = decode_json(text, Registration)
+                if isinstance(reference, str):
+                    raise InvalidField("send 'reference' as a file, .csv or .parquet", field="reference")
+                version = await run_in_threadpool(
+                    _register_upload, phoenix, registration, artifact, reference, name_caller(request.scope)
+                )
+        except MultiPartException as exc:
+            raise MalformedBody(f"the body is not multipart/form-data: {exc.message}") from exc
+        await run_in_threadpool(live.refresh)
+        return answer(describe_version(version), 201)
+
+    @router.get("/models/{model_id}")
+    def show_model(model_id: str) -> Response:
+        """A model's versions and its routing; the routing is null while the default applies."""
+        versions = registry.list_versions(model_id)
+        return answer(
+            {
+                "id": model_id,
+                "versions": [describe_version(version) for version in versions],
+                "routing": registry.routings().get(model_id),
+            }
+        )
+
+    @router.get("/models/{model_id}/versions/{version}")
+    def show_version(model_id: str, version: str, baseline: bool = False) -> Response:
+        """One version; `baseline=true` adds the training data's distribution."""
+        return answer(describe_version(registry.get(model_id, version), baseline=baseline))
+
+    @router.post(
+        "/models/{model_id}/versions/{version}/stage",
+        openapi_extra=describe_body(StageChange),
+    )
+    def change_stage(
+        model_id: str,
+        version: str,
+        request: Request,
+        change: Annotated[Any, Depends(json_body(StageChange, body_limit_bytes))],
+    ) -> Response:
+        """Moves a version one step up or down: dev, staging, prod."""
+        return changed(registry.set_stage(model_id, version, change.stage, name_caller(request.scope)))
+
+    @router.post("/models/{model_id}/versions/{version}/activate")
+    def activate(model_id: str, version: str, request: Request) -> Response:
+        """Lets a version answer requests: by name, by default, or under a routing."""
+        return changed(registry.set_active(model_id, version, True, name_caller(request.scope)))
+
+    @router.post("/models/{model_id}/versions/{version}/deactivate")
+    def deactivate(model_id: str, version: str, request: Request) -> Response:
+        """Takes a version out of service; refused while the routing names it."""
+        return changed(registry.set_active(model_id, version, False, name_caller(request.scope)))
+
+    @router.get("/models/{model_id}/routing")
+    def show_routing(model_id: str) -> Response:
+        """The routing in force; `is_default` when none was set."""
+        registry.list_versions(model_id)
+        routing = registry.routings().get(model_id)
+        if routing is not None:
+            return answer({"routing": routing, "is_default": False})
+        model = live.models.get(model_id)
+        in_force = model.router.routing if model is not None and model.router is not None else None
+        return answer({"routing": in_force, "is_default": True})
+
+    @router.put("/models/{model_id}/routing", openapi_extra=describe_body(Routing))
+    def change_routing(
+        model_id: str,
+        request: Request,
+        routing: Annotated[Any, Depends(json_body(Routing, body_limit_bytes))],
+    ) -> Response:
+        """Shares a model's requests out over versions; all processes follow within a second."""
+        set_routing(registry, model_id, routing, actor=name_caller(request.scope))
+        live.refresh()
+        return answer({"routing": routing, "is_default": False})
+
+    @router.delete("/models/{model_id}/routing")
+    def clear_routing(model_id: str, request: Request) -> Response:
+        """Goes back to the default: the highest stage, then the highest version, answers."""
+        registry.list_versions(model_id)
+        registry.clear_routing(model_id, name_caller(request.scope))
+        live.refresh()
+        return show_routing(model_id)
+
+    return router
+
+
+def _register_upload(
+    phoenix: Phoenix,
+    registration: Registration,
+    artifact: UploadFile,
+    reference: UploadFile | None,
+    actor: str,
+) -> ModelVersion:
+    phoenix.settings.data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix="upload-") as folder:
+        path = _save(artifact, Path(folder) / "artifact.onnx")
+        columns = None
+        if reference is not None:
+            suffix = Path(reference.filename or "").suffix
+            columns = read_columns(_save(reference, Path(folder) / f"reference{suffix}"))
+        return register(
+            phoenix.registry,
+            phoenix.artifacts,
+            phoenix.engines,
+            path,
+            registration,
+            actor=actor,
+            reference=columns,
+        )
+
+
+def _save(upload: UploadFile, path: Path) -> Path:
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file, 1 << 20)
+    return path

@@ -1,0 +1,67 @@
+"""Routes of what is on record: predictions, outcomes without one, the audit log."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+
+from phoenix_ml.application.ports import PredictionQuery
+from phoenix_ml.application.reports import describe_outcome, describe_prediction, iso_time
+from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.infrastructure.http.routes import answer
+
+
+def record_routes(phoenix: Phoenix) -> APIRouter:
+    """The records' routes in one API process."""
+    router = APIRouter()
+
+    @router.get("/predictions", tags=["predictions"])
+    def list_predictions(
+        model_id: str | None = None,
+        model_version: str | None = None,
+        entity_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        cursor: str | None = None,
+    ) -> Response:
+        """The prediction log, newest first; pass `next_cursor` back as `cursor` for the next page."""
+        query = PredictionQuery(
+            model_id, model_version, entity_id, _as_ms(since), _as_ms(until), limit, cursor
+        )
+        rows, next_cursor = phoenix.prediction_log.page(query)
+        return answer({"items": [describe_prediction(row) for row in rows], "next_cursor": next_cursor})
+
+    @router.get("/predictions/{prediction_id}", tags=["predictions"])
+    def show_prediction(prediction_id: str) -> Response:
+        """One prediction with its outcome, if one was reported."""
+        return answer(describe_prediction(phoenix.prediction_log.get(prediction_id)))
+
+    @router.get("/feedback/unmatched", tags=["predictions"])
+    def list_unmatched(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
+        """Outcomes whose prediction is not in the log: how many, and the newest of them."""
+        count, outcomes = phoenix.prediction_log.unmatched_outcomes(limit)
+        return answer({"count": count, "items": [describe_outcome(o) for o in outcomes], "next_cursor": None})
+
+    @router.get("/audit", tags=["operations"])
+    def list_audit(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """Who changed what, newest first."""
+        entries = phoenix.registry.audit(limit)
+        items = [
+            {
+                "at": iso_time(entry.at_ms),
+                "actor": entry.actor,
+                "action": entry.action,
+                "subject": entry.subject,
+                "details": entry.details,
+            }
+            for entry in entries
+        ]
+        return answer({"items": items, "next_cursor": None})
+
+    return router
+
+
+def _as_ms(at: datetime | None) -> int | None:
+    return None if at is None else int(at.timestamp() * 1000)

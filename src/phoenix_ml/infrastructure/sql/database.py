@@ -1,0 +1,168 @@
+"""One database, SQLite or PostgreSQL: connections, transactions, migrations."""
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, inspect, text, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured
+from phoenix_ml.infrastructure.sql.schema import HEAD_REVISION, counters
+
+log = logging.getLogger(__name__)
+_MIGRATIONS = Path(__file__).parent / "migrations"
+# Any number, the same for all who migrate one PostgreSQL database.
+_MIGRATION_LOCK = 0x50484F454E4958
+
+
+class Database:
+    """Short transactions on one database. Every method raises DatabaseUnavailable when it is down."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError as exc:
+            raise Misconfigured(
+                f"PHOENIX_DATABASE: {url!r} is no database URL; use sqlite:///FILE or postgresql://…"
+            ) from exc
+        options: dict[str, Any] = {}
+        self.is_sqlite = parsed.drivername == "sqlite"
+        if self.is_sqlite:
+            Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
+            options["connect_args"] = {"timeout": 15.0}
+        elif parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+            options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
+        else:
+            raise Misconfigured(
+                f"PHOENIX_DATABASE: scheme {parsed.drivername!r} is not known; known are sqlite, postgresql"
+            )
+        self.name = parsed.render_as_string(hide_password=True)
+        self._path = Path(parsed.database or "") if self.is_sqlite else None
+        try:
+            self.engine = create_engine(parsed, pool_timeout=10, **options)
+        except (ModuleNotFoundError, NoSuchModuleError) as exc:
+            raise Misconfigured("PostgreSQL needs its driver: pip install 'phoenix-ml[postgres]'") from exc
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _configure_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads."""
+        with self._guard(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction, committed at the end of the block and rolled back by an exception."""
+        # SQLite: a transaction that reads first and writes later fails when another wrote between.
+        immediate = {"sqlite_begin": "BEGIN IMMEDIATE"}
+        with (
+            self._guard(),
+            self.engine.connect().execution_options(**immediate) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def check(self) -> None:
+        """Returns when the database answers and has the tables of this version of Phoenix."""
+        with self.read() as connection:
+            revision = _revision(connection)
+        if revision != HEAD_REVISION:
+            raise DatabaseUnavailable(
+                f"{self.name} is at schema {revision or 'none'}, this version of Phoenix needs "
+                f"{HEAD_REVISION}: run 'phoenix-ml db upgrade'",
+                database=self.name,
+            )
+
+    def upgrade(self) -> str:
+        """The schema revision, after all missing migrations have run; one process at a time runs them."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        config.attributes["database"] = self
+        with self._guard(), self._migration_lock():
+            command.upgrade(config, "head")
+        return HEAD_REVISION
+
+    def upgrade_if_embedded(self) -> None:
+        """Brings an SQLite database up to date; any other is only checked, its owner migrates it."""
+        if self.is_sqlite:
+            with self.read() as connection:
+                current = _revision(connection)
+            if current == HEAD_REVISION:
+                return
+            self.upgrade()
+        self.check()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def _migration_lock(self) -> Iterator[None]:
+        if self._path is not None:
+            with Path(f"{self._path}.migrating").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        else:
+            with self.engine.connect() as connection:
+                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
+                yield  # closing the connection's session would release it, a pooled one is told to
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, DataError):
+            raise
+        except (OperationalError, DBAPIError, PoolTimeoutError) as exc:
+            reason = str(exc.orig if isinstance(exc, DBAPIError) else exc).strip().splitlines()[0]
+            raise DatabaseUnavailable(
+                f"the database {self.name} does not answer: {reason}", database=self.name
+            ) from exc
+
+
+def next_value(connection: Connection, counter: str, step: int = 1) -> int:
+    """The counter's value after raising it by ``step``; others wait until this transaction ends."""
+    raised = (
+        update(counters)
+        .where(counters.c.name == counter)
+        .values(value=counters.c.value + step)
+        .returning(counters.c.value)
+    )
+    return int(connection.execute(raised).scalar_one())
+
+
+def _revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    connection.execute("PRAGMA journal_mode=WAL")
+    # A journal segment is deleted after the commit, so a commit must survive a power loss.
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))

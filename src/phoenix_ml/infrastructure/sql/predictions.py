@@ -1,0 +1,206 @@
+"""The prediction log in SQL. See ``PredictionLog`` in the ports for the contract."""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, exists, func, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DataError, IntegrityError
+
+from phoenix_ml.application.ports import (
+    EventRejected,
+    LoggedPrediction,
+    PredictionQuery,
+    RecordedEvent,
+    UnmatchedOutcome,
+)
+from phoenix_ml.domain.errors import InvalidField, PredictionUnknown
+from phoenix_ml.domain.events import OutcomeReported, PredictionMade
+from phoenix_ml.domain.features import describe_sources
+from phoenix_ml.domain.rows import Column, RowFormat
+from phoenix_ml.infrastructure.sql.database import Database, next_value
+from phoenix_ml.infrastructure.sql.schema import PREDICTION_SEQ, outcomes, prediction_logs
+
+
+class SqlPredictionLog:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        dialect = sqlite if database.is_sqlite else postgresql
+        self._insert_prediction = dialect.insert(prediction_logs).on_conflict_do_nothing()
+        self._insert_outcome = dialect.insert(outcomes).on_conflict_do_nothing()
+        self._formats: dict[tuple[Column, ...], RowFormat] = {}
+
+    def write(self, events: Sequence[RecordedEvent]) -> int:
+        made = [self._prediction_row(e.event, e) for e in events if isinstance(e.event, PredictionMade)]
+        reported = [_outcome_row(e.event) for e in events if isinstance(e.event, OutcomeReported)]
+        try:
+            with self._database.write() as connection:
+                return self._store(connection, made, reported)
+        except (IntegrityError, DataError) as exc:
+            raise EventRejected(str(exc.orig).strip()) from exc
+
+    def get(self, prediction_id: str) -> LoggedPrediction:
+        try:
+            wanted = str(UUID(prediction_id))
+        except ValueError:
+            raise InvalidField(f"{prediction_id[:60]!r} is not a prediction id", field="id") from None
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(prediction_logs).where(prediction_logs.c.id == wanted)
+            ).one_or_none()
+            if row is None:
+                raise PredictionUnknown(
+                    f"prediction {wanted} is not in the log (an answer takes a moment to get there)",
+                    prediction_id=wanted,
+                )
+            return _logged([row], connection)[0]
+
+    def page(self, query: PredictionQuery) -> tuple[list[LoggedPrediction], str | None]:
+        table = prediction_logs.c
+        statement = select(prediction_logs).order_by(table.created_at.desc(), table.id.desc())
+        if query.model_id is not None:
+            statement = statement.where(table.model_id == query.model_id)
+        if query.model_version is not None:
+            statement = statement.where(table.model_version == query.model_version)
+        if query.entity_id is not None:
+            statement = statement.where(table.entity_id == query.entity_id)
+        if query.since_ms is not None:
+            statement = statement.where(table.created_at >= query.since_ms)
+        if query.until_ms is not None:
+            statement = statement.where(table.created_at < query.until_ms)
+        if query.cursor is not None:
+            at_ms, last_id = _parse_cursor(query.cursor)
+            position = tuple_(table.created_at, table.id)
+            statement = statement.where(
+                position < tuple_(at_ms, last_id, types=[table.created_at.type, table.id.type])
+            )
+        with self._database.read() as connection:
+            rows = connection.execute(statement.limit(query.limit + 1)).all()
+            items = _logged(rows[: query.limit], connection)
+        more = len(rows) > query.limit
+        return items, f"{items[-1].created_at_ms}.{items[-1].id}" if more else None
+
+    def unmatched_outcomes(self, limit: int) -> tuple[int, list[UnmatchedOutcome]]:
+        waiting = outcomes.c.is_matched.is_(False)
+        newest = select(outcomes).where(waiting).order_by(outcomes.c.received_at.desc()).limit(limit)
+        with self._database.read() as connection:
+            count = connection.execute(select(func.count()).select_from(outcomes).where(waiting)).scalar_one()
+            items = [
+                UnmatchedOutcome(r.id, r.prediction_id, r.outcome, r.observed_at, r.received_at)
+                for r in connection.execute(newest)
+            ]
+        return count, items
+
+    def _store(
+        self, connection: Connection, made: list[dict[str, Any]], reported: list[dict[str, Any]]
+    ) -> int:
+        new_rows = 0
+        if made:
+            # Raising the counter locks it: batches of several log workers commit in the order of seq.
+            last = next_value(connection, PREDICTION_SEQ, len(made))
+            for seq, row in enumerate(made, last - len(made) + 1):
+                row["seq"] = seq
+            new_rows += connection.execute(self._insert_prediction, made).rowcount
+        if reported:
+            new_rows += connection.execute(self._insert_outcome, reported).rowcount
+        self._match(connection, made, reported)
+        return new_rows
+
+    def _match(
+        self, connection: Connection, made: list[dict[str, Any]], reported: list[dict[str, Any]]
+    ) -> None:
+        """Marks the outcomes whose predictions are in the log, whichever came first."""
+        unmatched = outcomes.c.is_matched.is_(False)
+        ids = [row["prediction_id"] for row in reported]
+        if made and connection.execute(select(exists().where(unmatched))).scalar():
+            ids += [row["id"] for row in made]
+        for start in range(0, len(ids), 500):  # SQLite bounds the number of parameters
+            connection.execute(
+                update(outcomes)
+                .where(unmatched, outcomes.c.prediction_id.in_(ids[start : start + 500]))
+                .where(exists().where(prediction_logs.c.id == outcomes.c.prediction_id))
+                .values(is_matched=True)
+            )
+
+    def _prediction_row(self, event: PredictionMade, recorded: RecordedEvent) -> dict[str, Any]:
+        row_format = self._formats.get(recorded.columns)
+        if row_format is None:
+            row_format = self._formats[recorded.columns] = RowFormat(recorded.columns)
+        values = row_format.unpack(event.inputs)
+        return {
+            "id": event.id,
+            "model_id": event.model_id,
+            "model_version": event.model_version,
+            "features": {n: _readable(v) for n, v in zip(row_format.names, values, strict=True)},
+            "result": _readable(event.result),
+            "confidence": event.confidence,
+            "probabilities": _readable(event.probabilities),
+            "latency_ms": event.latency_ms,
+            "created_at": event.created_at_ms,
+            "entity_id": event.entity_id,
+            "request_id": event.request_id,
+            "route": {
+                "strategy": event.strategy,
+                "role": event.role,
+                "probability": event.probability,
+                "routing_key": event.routing_key,
+                "shadow_of": event.shadow_of,
+            },
+            "feature_sources": describe_sources(event.sources, row_format.names),
+            "sha256": event.sha256,
+            "batch_size": event.batch_size,
+            "batch_position": event.batch_position,
+            "inputs": event.inputs,
+        }
+
+
+def _readable(value: Any) -> Any:
+    """The value as JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    return value
+
+
+def _outcome_row(event: OutcomeReported) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "prediction_id": event.prediction_id,
+        "outcome": event.outcome,
+        "observed_at": event.observed_at_ms,
+        "received_at": event.received_at_ms,
+        "is_matched": False,
+    }
+
+
+def _logged(rows: Sequence[Row[Any]], connection: Connection) -> list[LoggedPrediction]:
+    latest: dict[str, Row[Any]] = {}
+    if rows:
+        known = (
+            select(outcomes)
+            .where(outcomes.c.prediction_id.in_([row.id for row in rows]))
+            .order_by(outcomes.c.observed_at, outcomes.c.id)
+        )
+        latest = {outcome.prediction_id: outcome for outcome in connection.execute(known)}
+    logged = []
+    for row in rows:
+        fields = dict(row._mapping)
+        fields["created_at_ms"] = fields.pop("created_at")
+        outcome = latest.get(row.id)
+        if outcome is not None:
+            fields |= {"outcome": outcome.outcome, "outcome_at_ms": outcome.observed_at}
+        logged.append(LoggedPrediction(**fields))
+    return logged
+
+
+def _parse_cursor(cursor: str) -> tuple[int, str]:
+    at_ms, _, last_id = cursor.partition(".")
+    try:
+        return int(at_ms), str(UUID(last_id))
+    except ValueError:
+        raise InvalidField(
+            "the cursor is not one that a page has answered: start without one", field="cursor"
+        ) from None

@@ -1,0 +1,68 @@
+"""Tables that people have at hand, CSV and Parquet, read in batches of any file size."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phoenix_ml.domain.errors import InvalidField
+
+_BATCH_ROWS = 4096
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """``batches`` yields (columns as lists of Python values with None for missing, share of the file read)."""
+
+    names: tuple[str, ...]
+    batches: Iterator[tuple[Columns, float]]
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[Table]:
+    """The table in a ``.csv`` or ``.parquet`` file. Raises InvalidField for what is neither."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    try:
+        if path.suffix == ".parquet":
+            with parquet.ParquetFile(path) as file:
+                yield Table(tuple(file.schema_arrow.names), _parquet_batches(file))
+        elif path.suffix == ".csv":
+            size = path.stat().st_size
+            # Empty fields of text columns are missing too: a CSV file has no other way to say it.
+            convert = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
+            with path.open("rb") as raw, csv.open_csv(raw, convert_options=convert) as reader:
+                yield Table(tuple(reader.schema.names), _csv_batches(reader, raw, size))
+        else:
+            raise InvalidField(f"{path.name}: the file must be .csv or .parquet", field="file")
+    except FileNotFoundError as exc:
+        raise InvalidField(f"{path}: there is no such file", field="file") from exc
+    except pa.ArrowInvalid as exc:
+        raise InvalidField(f"{path.name} cannot be read: {exc}", field="file") from exc
+
+
+def read_columns(path: Path) -> Columns:
+    """All columns of a table that fits into memory, such as a reference set."""
+    columns: Columns = {}
+    with open_table(path) as table:
+        columns = {name: [] for name in table.names}
+        for batch, _ in table.batches:
+            for name, values in batch.items():
+                columns[name].extend(values)
+    return columns
+
+
+def _parquet_batches(file: Any) -> Iterator[tuple[Columns, float]]:
+    total = max(1, file.metadata.num_rows)
+    done = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+        done += batch.num_rows
+        yield batch.to_pydict(), done / total
+
+
+def _csv_batches(reader: Any, raw: Any, size: int) -> Iterator[tuple[Columns, float]]:
+    for batch in reader:
+        yield batch.to_pydict(), min(1.0, raw.tell() / max(1, size))

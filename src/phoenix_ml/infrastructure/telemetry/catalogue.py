@@ -1,0 +1,76 @@
+"""Every metric of the platform; ``docs/reference/metrics.md`` is checked against this list."""
+
+from typing import Final
+
+from phoenix_ml.infrastructure.telemetry.metrics import Counter, Definition, Gauge, Histogram
+
+REQUESTS = Counter(
+    "phoenix_requests_total",
+    "Requests to /predict, /predict/batch and /feedback by HTTP status; unregistered models are 'other'.",
+    ("model", "version", "role", "code"),
+)
+REQUEST_SECONDS = Histogram(
+    "phoenix_request_seconds",
+    "Time from the first byte read to the answer handed over.",
+    ("model", "version"),
+)
+PREDICTIONS = Counter(
+    "phoenix_predictions_total",
+    "Predictions put on record: each row of a batch and each shadow counts.",
+    ("model", "version", "strategy", "role"),
+)
+FEATURE_READ_SECONDS = Histogram(
+    "phoenix_feature_read_seconds", "Time to read one entity's features from the store.", ("model",)
+)
+INFERENCE_SECONDS = Histogram(
+    "phoenix_inference_seconds",
+    "Time of one engine run, waiting for its thread included.",
+    ("model", "version"),
+)
+FEATURE_VALUES = Counter(
+    "phoenix_feature_values_total",
+    "Feature values by where they came from: store, request, default, stale or missing.",
+    ("model", "source"),
+)
+SHADOW_FAILURES = Counter(
+    "phoenix_shadow_failures_total",
+    "Shadow answers that failed, by error code.",
+    ("model", "version", "code"),
+)
+MODEL_LOADS = Counter(
+    "phoenix_model_loads_total", "Attempts to load a version, by outcome.", ("model", "version", "outcome")
+)
+MODEL_LOAD_SECONDS = Histogram(
+    "phoenix_model_load_seconds",
+    "Time to load and warm up a version.",
+    ("model", "version"),
+    (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+JOURNAL_BYTES = Gauge("phoenix_journal_bytes", "Bytes that the journals hold on disk.")
+JOURNAL_DROPPED = Counter(
+    "phoenix_journal_dropped_total", "Events not put on record because the journal was full and set to drop."
+)
+JOURNAL_PENDING_BYTES = Gauge("phoenix_journal_pending_bytes", "Journal bytes that are not in the log yet.")
+JOURNAL_LAG_SECONDS = Gauge(
+    "phoenix_journal_lag_seconds",
+    "Age of the oldest event that waits to be logged; 0 when none does.",
+    (),
+    "max",
+)
+JOURNAL_DAMAGE = Counter("phoenix_journal_damage_total", "Damaged regions found in journals.")
+LOG_ROWS = Counter("phoenix_log_rows_total", "Rows newly written to the prediction log and its outcomes.")
+LOG_DEAD = Counter("phoenix_log_dead_total", "Events that went to the dead letters.")
+LOG_FAILURES = Counter("phoenix_log_failures_total", "Batches put off because the database did not answer.")
+LOG_HEARTBEAT = Gauge(
+    "phoenix_log_heartbeat_timestamp_seconds", "When the log role last completed a step.", (), "max"
+)
+OUTCOMES_UNMATCHED = Gauge(
+    "phoenix_outcomes_unmatched", "Outcomes whose prediction is not in the log.", (), "max"
+)
+PROCESS_RESTARTS = Counter(
+    "phoenix_process_restarts_total", "Processes that the supervisor had to start again.", ("slot",)
+)
+
+CATALOGUE: Final[tuple[Definition, ...]] = tuple(
+    value for value in list(globals().values()) if isinstance(value, (Counter, Gauge, Histogram))
+)

@@ -1,0 +1,91 @@
+"""The use cases' ``Meter``, and the request counts of the HTTP layer, on bound metrics."""
+
+from phoenix_ml.domain.events import PredictionMade
+from phoenix_ml.domain.features import SOURCE_OF_LETTER
+from phoenix_ml.infrastructure.telemetry import catalogue
+from phoenix_ml.infrastructure.telemetry.metrics import BoundCounter, BoundHistogram, MetricsWriter
+
+OTHER = "other"
+
+
+class MetricsMeter:
+    """Children are bound once and found again by a tuple: 0.1 µs, where ``labels()`` costs 1.5."""
+
+    def __init__(self, metrics: MetricsWriter) -> None:
+        self._metrics = metrics
+        self._predictions: dict[tuple[str, str, str, str], BoundCounter] = {}
+        self._requests: dict[tuple[str, str, str, int], BoundCounter] = {}
+        self._request_seconds: dict[tuple[str, str], BoundHistogram] = {}
+        self._inference: dict[tuple[str, str], BoundHistogram] = {}
+        self._feature_read: dict[str, BoundHistogram] = {}
+        self._sources: dict[tuple[str, str], BoundCounter] = {}
+
+    def answered(
+        self, event: PredictionMade, feature_count: int, feature_read_s: float | None, inference_s: float
+    ) -> None:
+        model, version = event.model_id, event.model_version
+        key = (model, version, event.strategy, event.role)
+        counter = self._predictions.get(key)
+        if counter is None:
+            counter = self._predictions[key] = self._metrics.counter(
+                catalogue.PREDICTIONS,
+                model=model,
+                version=version,
+                strategy=event.strategy.value,
+                role=event.role.value,
+            )
+        counter.add()
+        inference = self._inference.get((model, version))
+        if inference is None:
+            inference = self._inference[model, version] = self._metrics.histogram(
+                catalogue.INFERENCE_SECONDS, model=model, version=version
+            )
+        inference.observe(inference_s)
+        if feature_read_s is not None:
+            reads = self._feature_read.get(model)
+            if reads is None:
+                reads = self._feature_read[model] = self._metrics.histogram(
+                    catalogue.FEATURE_READ_SECONDS, model=model
+                )
+            reads.observe(feature_read_s)
+        letters = event.sources
+        if len(letters) == 1:
+            self._source(model, letters).add(feature_count)
+        else:
+            for letter in letters:
+                self._source(model, letter).add()
+
+    def requested(self, model: str, version: str, role: str, code: int, seconds: float) -> None:
+        """One HTTP request was answered. The names must be registered ones or ``OTHER``."""
+        counter = self._requests.get((model, version, role, code))
+        if counter is None:
+            counter = self._requests[model, version, role, code] = self._metrics.counter(
+                catalogue.REQUESTS, model=model, version=version, role=role, code=str(code)
+            )
+        counter.add()
+        histogram = self._request_seconds.get((model, version))
+        if histogram is None:
+            histogram = self._request_seconds[model, version] = self._metrics.histogram(
+                catalogue.REQUEST_SECONDS, model=model, version=version
+            )
+        histogram.observe(seconds)
+
+    def shadow_failed(self, model_id: str, version: str, code: str) -> None:
+        self._metrics.counter(catalogue.SHADOW_FAILURES, model=model_id, version=version, code=code).add()
+
+    def loaded(self, model_id: str, version: str, load_s: float) -> None:
+        labels = {"model": model_id, "version": version}
+        self._metrics.counter(catalogue.MODEL_LOADS, **labels, outcome="loaded").add()
+        self._metrics.histogram(catalogue.MODEL_LOAD_SECONDS, **labels).observe(load_s)
+
+    def load_failed(self, model_id: str, version: str) -> None:
+        labels = {"model": model_id, "version": version}
+        self._metrics.counter(catalogue.MODEL_LOADS, **labels, outcome="failed").add()
+
+    def _source(self, model: str, letter: str) -> BoundCounter:
+        counter = self._sources.get((model, letter))
+        if counter is None:
+            counter = self._sources[model, letter] = self._metrics.counter(
+                catalogue.FEATURE_VALUES, model=model, source=SOURCE_OF_LETTER[letter]
+            )
+        return counter

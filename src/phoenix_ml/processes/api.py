@@ -1,0 +1,161 @@
+"""One API process: answers HTTP on a socket that the supervisor opened, and owns one journal."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+import uvloop
+
+from phoenix_ml.application.serving import LiveModels
+from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, open_features
+from phoenix_ml.domain.errors import DatabaseUnavailable
+from phoenix_ml.infrastructure.events.dropping import DroppingJournal
+from phoenix_ml.infrastructure.events.journal import JournalWriter
+from phoenix_ml.infrastructure.http.app import build_app
+from phoenix_ml.infrastructure.http.calls import PredictionCalls
+from phoenix_ml.infrastructure.telemetry import catalogue
+from phoenix_ml.infrastructure.telemetry.logs import configure_logs
+from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
+from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
+from phoenix_ml.settings import load_settings
+
+log = logging.getLogger(__name__)
+
+
+async def serve(
+    phoenix: Phoenix,
+    slot: str,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
+    was_stopped: Callable[[], bool],
+) -> None:
+    """Serves until SIGTERM or SIGINT; returns when every accepted request has its answer on record.
+
+    ``was_stopped`` tells of signals that came before the server could take them.
+    """
+    settings = phoenix.settings
+    metrics = MetricsWriter(settings.metrics_folder / f"{slot}.mmap")
+    meter = MetricsMeter(metrics)
+    writer = JournalWriter(
+        settings.journal_folder / slot,
+        segment_bytes=settings.journal_segment_bytes,
+        limit_bytes=settings.journal_limit_bytes,
+    )
+    dropped = metrics.counter(catalogue.JOURNAL_DROPPED)
+    journal = DroppingJournal(writer, dropped.add) if settings.journal_full == "drop" else writer
+    features = open_features(settings)
+    live, predict = bootstrap_predict(phoenix, features, journal, meter)
+    calls = PredictionCalls(
+        predict,
+        live,
+        journal,
+        meter,
+        body_limit_bytes=settings.body_limit_bytes,
+        batch_limit=settings.batch_limit,
+    )
+
+    def journal_state() -> str:
+        stored = writer.stored_bytes
+        return "ok" if stored < settings.journal_limit_bytes else f"full: {stored} bytes wait to be logged"
+
+    app = build_app(phoenix, features, live, calls, journal_state)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            loop="uvloop",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=settings.keep_alive_s,
+            timeout_graceful_shutdown=settings.stop_timeout_s,
+        )
+    )
+    tasks = [
+        asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000)),
+        asyncio.create_task(_keep_journal(writer, metrics, settings.journal_sync_ms / 1000)),
+        asyncio.create_task(_announce(server, live, on_ready, was_stopped)),
+    ]
+    try:
+        await server.serve(sockets=[listener])
+        await predict.drain()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        writer.close()
+        await features.close()
+        metrics.close()
+
+
+async def _follow_registry(live: LiveModels, poll_s: float) -> None:
+    """Keeps the routing table up to date; while the database is down the table stays as it is."""
+    was_down = False
+    while True:
+        try:
+            await asyncio.to_thread(live.refresh)
+            was_down = False
+        except DatabaseUnavailable as exc:
+            if not was_down:
+                log.warning("the registry is not followed: %s", exc.message)
+            was_down = True
+        await asyncio.sleep(poll_s)
+
+
+async def _keep_journal(journal: JournalWriter, metrics: MetricsWriter, every_s: float) -> None:
+    """Forces the journal to disk, closes segments that lie idle, and tells its size."""
+    stored_bytes = metrics.gauge(catalogue.JOURNAL_BYTES)
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await asyncio.to_thread(journal.sync)
+            journal.rotate_if_old()
+        except OSError as exc:
+            log.error("the journal cannot be forced to disk: %s", exc)  # noqa: TRY400 - the reason says it all
+        stored_bytes.set(journal.stored_bytes)
+
+
+async def _announce(
+    server: uvicorn.Server, live: LiveModels, on_ready: Callable[[], None], was_stopped: Callable[[], bool]
+) -> None:
+    while not (server.started and live.is_ready):
+        server.should_exit = server.should_exit or was_stopped()
+        await asyncio.sleep(0.01)
+    on_ready()
+
+
+def main() -> None:
+    """Entry of the process: arguments are slot, listening socket, the supervisor's lifeline, ready pipe."""
+    slot = sys.argv[1]
+    socket_fd, lifeline_fd, ready_fd = (int(argument) for argument in sys.argv[2:5])
+    settings = load_settings()
+    configure_logs(settings.log_level, settings.log_format, slot)
+    listener = socket.socket(fileno=socket_fd)
+
+    def ready() -> None:
+        os.write(ready_fd, b"+")
+        os.close(ready_fd)
+
+    signals: list[int] = []
+
+    async def run() -> None:
+        # The supervisor holds the other end: it closes when the supervisor dies, however it dies.
+        asyncio.get_running_loop().add_reader(lifeline_fd, os.kill, os.getpid(), signal.SIGTERM)
+        await serve(bootstrap(settings), slot, listener, ready, lambda: bool(signals))
+
+    # uvicorn has handlers of its own while it serves, and raises the signal again when it has stopped:
+    # with the default action the process would end there, before its journal is closed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(received))
+    uvloop.run(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Every setting, typed and documented: from flags, else the environment, else ``phoenix.toml``."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from phoenix_ml.domain.errors import Misconfigured
+
+_MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """``PHOENIX_<NAME>`` in the environment sets the field of that name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PHOENIX_", toml_file="phoenix.toml", extra="forbid", frozen=True
+    )
+
+    data: Path = Field(Path("phoenix-data"), description="Folder of all that is stored locally.")
+    database: str = Field("", description="`sqlite:///FILE` or `postgresql://…`; empty is `DATA/phoenix.db`.")
+    features: str = Field(
+        "sqlite:", description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE` or `redis://…`."
+    )
+    events: str = Field("local:", description="The road from the journal to the log: `local:`.")
+    artifacts: str = Field(
+        "file:", description="Artifact store: `file:` (`DATA/artifacts`) or `file:FOLDER`."
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    workers: int = Field(1, ge=1, le=256, description="API processes.")
+    insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
+
+    body_limit_bytes: int = Field(10 * _MIB, ge=1024, description="Largest JSON body.")
+    upload_limit_bytes: int = Field(2048 * _MIB, ge=1024, description="Largest body of `POST /models`.")
+    batch_limit: int = Field(1000, ge=1, description="Most instances or outcomes in one request.")
+    keep_alive_s: int = Field(75, ge=1, description="How long an idle connection is kept open.")
+    stop_timeout_s: int = Field(30, ge=1, description="How long a stop waits for requests in flight.")
+
+    features_deadline_ms: float = Field(
+        5.0, gt=0, description="Longest wait for one read of the Redis store."
+    )
+    registry_poll_ms: int = Field(
+        250, ge=10, le=1000, description="How often API processes look for registry changes."
+    )
+    engine_threads: int = Field(
+        1, ge=0, description="Threads of one engine run; 0 is as many as the container's CPU limit."
+    )
+
+    journal_limit_bytes: int = Field(
+        1024 * _MIB, ge=64 * 1024, description="Most that one API process keeps in its journal."
+    )
+    journal_segment_bytes: int = Field(
+        8 * _MIB, ge=4096, le=64 * _MIB, description="Size at which a journal segment is closed."
+    )
+    journal_full: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="When the journal is full: answer 503, or answer and count what is not on record.",
+    )
+    journal_sync_ms: int = Field(
+        1000, ge=10, description="How often the journal is forced to disk: the most that power loss can take."
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or plain text.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{(self.data / 'phoenix.db').absolute()}"
+
+    @property
+    def journal_folder(self) -> Path:
+        return self.data / "journal"
+
+    @property
+    def run_folder(self) -> Path:
+        """Locks and metrics of the processes that run now."""
+        return self.data / "run"
+
+    @property
+    def metrics_folder(self) -> Path:
+        return self.run_folder / "metrics"
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def environment(self) -> dict[str, str]:
+        """The environment that gives another process the same settings."""
+        return {f"PHOENIX_{name.upper()}": str(value) for name, value in self.model_dump().items()}
+
+
+def load_settings(**flags: Any) -> Settings:
+    """The settings; flags that are None count as not given. Raises Misconfigured, naming each that is wrong."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as exc:
+        problems = "; ".join(
+            f"PHOENIX_{'.'.join(str(part) for part in error['loc']).upper()}: {error['msg']}"
+            for error in exc.errors()
+        )
+        raise Misconfigured(problems) from exc

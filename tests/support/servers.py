@@ -1,0 +1,423 @@
+"""Real Redis and PostgreSQL servers for tests: own processes, free ports, folders of their own (Linux)."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+HOST = "127.0.0.1"
+START_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 20.0
+POLL_S = 0.01
+LOG_TAIL_LINES = 20
+INSTALL_SCRIPT = Path(__file__).with_name("install_servers.sh")
+
+# The kernel's parent-death signal follows the thread that forked, not the process: a server restarted inside
+# `asyncio.to_thread` would die with that pool. This thread lives as long as the test run.
+_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-spawner")
+
+
+class ServerUnavailable(RuntimeError):
+    """The server's programs are not installed; the message says how to get them."""
+
+
+class ServerError(RuntimeError):
+    """A server did not start or stop in time; the message ends with the tail of its log."""
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, expectation: str) -> None:
+    """Return as soon as the condition holds; raise TimeoutError naming the expectation after the deadline."""
+    give_up_at = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > give_up_at:
+            raise TimeoutError(f"not within {deadline_s} s: {expectation}")
+        time.sleep(POLL_S)
+
+
+def free_port() -> int:
+    """A local port that nobody listens on, and that stays free while its server is down.
+
+    It lies below the range from which Linux takes ports for outgoing connections (32768 and up): otherwise a
+    client that retries against a dead server may be given that very port, and connect to itself.
+    """
+    while True:
+        port = random.randint(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return port
+
+
+class Server(ABC):
+    """One server process and its folder; data and port stay the same over stop, kill and start.
+
+    As a context manager it starts on entry; on exit the process ends and the folder goes.
+    """
+
+    name: ClassVar[str]
+    stop_signal: ClassVar[signal.Signals]
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """Where clients reach the server."""
+
+    def start(self) -> None:
+        """Return when the server answers: starts one that has ended, thaws a frozen one."""
+        if self._running() is not None:
+            self.thaw()
+            return
+        if self._folder is None:
+            self._folder = self._make_folder()
+        give_up_at = time.monotonic() + START_DEADLINE_S
+        self._process = self._spawn(self._folder)
+        while True:
+            if self._running() is None:
+                if not self._may_start_later(self._folder):
+                    raise self._error(f"ended at once with status {self._process.returncode}")
+                self._process = self._spawn(self._folder)
+            elif self._answers(self._folder, self._process.pid):
+                return
+            if time.monotonic() > give_up_at:
+                self.kill()
+                raise self._error(f"did not answer within {START_DEADLINE_S} s")
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End the server as its operator would; no effect on one that has ended."""
+        process = self._running()
+        if process is None:
+            return
+        self.thaw()
+        process.send_signal(self.stop_signal)
+        try:
+            process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired as late:
+            self.kill()
+            raise self._error(f"did not stop within {STOP_DEADLINE_S} s") from late
+
+    def kill(self) -> None:
+        """End the server and its worker processes with SIGKILL, all at once."""
+        process = self._running()
+        if process is None:
+            return
+        self.freeze()
+        for pid in [process.pid, *_children_of(process.pid)]:
+            _send(pid, signal.SIGKILL)
+        process.wait()
+
+    def freeze(self) -> None:
+        """Stop the server's time: connections stay open, nothing is answered."""
+        process = self._running()
+        if process is None:
+            raise self._error("cannot be frozen: it does not run")
+        # The parent first, and until it truly stands still: after that no new worker can appear.
+        _freeze([process.pid])
+        _freeze(_children_of(process.pid))
+
+    def thaw(self) -> None:
+        """Let a frozen server continue; no effect on one that runs."""
+        process = self._running()
+        if process is not None:
+            for pid in [*_children_of(process.pid), process.pid]:
+                _send(pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Stop gracefully and start again, on the same port and data."""
+        self.stop()
+        self.start()
+
+    def log_tail(self) -> str:
+        """The last lines that the server has logged."""
+        if self._folder is None:
+            return ""
+        log = self._folder / "server.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            self._discard()
+
+    @abstractmethod
+    def _command(self, folder: Path) -> list[str]:
+        """The command line of the server."""
+
+    @abstractmethod
+    def _answers(self, folder: Path, pid: int) -> bool:
+        """Whether this very process, and not another server on its port, takes requests."""
+
+    def _may_start_later(self, folder: Path) -> bool:
+        """Whether a start that ended at once is worth another try."""
+        return False
+
+    def _make_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix=f"phoenix-{self.name.lower()}-", dir=_temp_folder_for_all()))
+        self._folder = folder
+        atexit.register(self._discard)
+        return folder
+
+    def _discard(self) -> None:
+        atexit.unregister(self._discard)
+        self.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        process = self._process
+        return process if process is not None and process.poll() is None else None
+
+    def _spawn(self, folder: Path) -> subprocess.Popen[bytes]:
+        def spawn() -> subprocess.Popen[bytes]:
+            with (folder / "server.log").open("ab") as log:
+                return subprocess.Popen(
+                    self._command(folder),
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    # Ctrl-C is for pytest, which then stops the servers in order.
+                    start_new_session=True,
+                )
+
+        return _spawner.submit(spawn).result()
+
+    def _error(self, what: str) -> ServerError:
+        return ServerError(f"{self.name} on port {self.port} {what}; its log ends with:\n{self.log_tail()}")
+
+
+class RedisServer(Server):
+    """A Redis server of its own that keeps nothing on disk: what it held is gone when it ends."""
+
+    name = "Redis"
+    stop_signal = signal.SIGTERM
+
+    @property
+    def url(self) -> str:
+        """Where clients reach database 0."""
+        return f"redis://{HOST}:{self.port}/0"
+
+    def _command(self, folder: Path) -> list[str]:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise _unavailable("Redis", "redis-server")
+        options = ["--port", str(self.port), "--bind", HOST, "--save", "", "--appendonly", "no"]
+        return [*_tied_to_this_run(), program, *options]
+
+    def _answers(self, folder: Path, pid: int) -> bool:
+        try:
+            with socket.create_connection((HOST, self.port), timeout=1) as connection:
+                connection.sendall(b"INFO server\r\n")
+                return f"process_id:{pid}\r\n".encode() in connection.recv(65_536)
+        except OSError:
+            return False
+
+
+class PostgresServer(Server):
+    """A PostgreSQL server of its own; committed data survives kill() and start()."""
+
+    name = "PostgreSQL"
+    stop_signal = signal.SIGINT  # "fast": clients are sent away, SIGTERM would wait for them
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the maintenance database."""
+        return f"postgresql://postgres@{HOST}:{self.port}/postgres"
+
+    def create_database(self) -> str:
+        """The URL of a new, empty database."""
+        return create_database(self.url)
+
+    def drop_database(self, url: str) -> None:
+        """Remove a database, and disconnect those who still use it."""
+        drop_database(self.url, url)
+
+    def _command(self, folder: Path) -> list[str]:
+        options = {
+            "port": self.port,
+            "listen_addresses": HOST,
+            "unix_socket_directories": "",  # TCP only: nothing outside the folder, no limit on its path's length
+            "fsync": "off",  # survives the death of a process; only a power cut needs it
+        }
+        settings = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
+        program = _postgres_programs() / "postgres"
+        return [*_tied_to_this_run(_postgres_user()), str(program), "-D", str(folder / "data"), *settings]
+
+    def _answers(self, folder: Path, pid: int) -> bool:
+        try:
+            facts = (folder / "data" / "postmaster.pid").read_text().split()
+        except FileNotFoundError:
+            return False
+        return facts[:1] == [str(pid)] and facts[-1] == "ready"
+
+    def _may_start_later(self, folder: Path) -> bool:
+        # Left by a killed server: while its last worker is ending, PostgreSQL refuses to start beside it.
+        return (folder / "data" / "postmaster.pid").exists()
+
+    def _make_folder(self) -> Path:
+        initdb = _postgres_programs() / "initdb"
+        folder = super()._make_folder()
+        user = _postgres_user()
+        if user is not None:
+            shutil.chown(folder, user, user)
+        options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+        made = subprocess.run(
+            [*_tied_to_this_run(user), str(initdb), *options, "-D", str(folder / "data")],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode != 0:
+            self._discard()
+            raise ServerError(f"initdb ended with status {made.returncode}:\n{made.stdout}{made.stderr}")
+        return folder
+
+
+def empty_redis(url: str) -> None:
+    """Remove every key of the database that the URL names."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+
+
+def count_redis_keys(url: str) -> int:
+    """How many keys the database that the URL names holds."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        return int(client.dbsize())
+
+
+def redis_version(url: str) -> str:
+    """The version of the server behind the URL."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        return str(client.info("server")["redis_version"])
+
+
+def create_database(server_url: str) -> str:
+    """The URL of a new, empty PostgreSQL database on that server."""
+    import psycopg
+    from psycopg import sql
+
+    name = f"phoenix_{uuid4().hex[:16]}"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
+    return urlsplit(server_url)._replace(path=f"/{name}").geturl()
+
+
+def drop_database(server_url: str, url: str) -> None:
+    """Remove the database that `create_database` made, and disconnect those who still use it."""
+    import psycopg
+    from psycopg import sql
+
+    name = urlsplit(url).path.removeprefix("/")
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def postgres_version(url: str) -> str:
+    """The version of the server behind the URL."""
+    import psycopg
+
+    with psycopg.connect(url) as connection:
+        return connection.info.parameter_status("server_version") or "of unknown version"
+
+
+def _unavailable(name: str, package: str) -> ServerUnavailable:
+    return ServerUnavailable(
+        f"{name} is not installed, and these tests talk to a real one. Run {INSTALL_SCRIPT}, install the Debian "
+        f"package {package}, or name a running server in PHOENIX_TEST_REDIS or PHOENIX_TEST_POSTGRES."
+    )
+
+
+def _postgres_programs() -> Path:
+    found = Path("/usr/lib/postgresql").glob("*/bin/postgres")
+    newest = max(found, key=lambda program: float(program.parts[-3]), default=None)
+    program = str(newest) if newest is not None else shutil.which("postgres")
+    if program is None:
+        raise _unavailable("PostgreSQL", "postgresql")
+    return Path(program).resolve().parent
+
+
+def _postgres_user() -> str | None:
+    """The user to become, as PostgreSQL refuses to run as root."""
+    return "postgres" if os.geteuid() == 0 else None
+
+
+def _tied_to_this_run(user: str | None = None) -> list[str]:
+    """The start of a command line that ends the command when this process dies, however it dies."""
+    become = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user is not None else []
+    return ["setpriv", *become, "--pdeathsig=KILL", "--"]
+
+
+def _temp_folder_for_all() -> Path:
+    """A folder for temporary files that another user may enter, too."""
+    chosen = Path(tempfile.gettempdir()).resolve()
+    may_enter = all(folder.stat().st_mode & 0o001 for folder in (chosen, *chosen.parents))
+    return chosen if may_enter else Path("/tmp")
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _freeze(pids: list[int]) -> None:
+    for pid in pids:
+        _send(pid, signal.SIGSTOP)
+    wait_until(lambda: all(map(_stands_still, pids)), 5, f"processes {pids} stand still")
+
+
+def _state_and_parent(pid: int) -> tuple[str, int] | None:
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The program's name, in parentheses, may itself hold spaces and parentheses.
+    state, parent = line.rpartition(")")[2].split()[:2]
+    return state, int(parent)
+
+
+def _children_of(pid: int) -> list[int]:
+    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [child for child in everyone if (_state_and_parent(child) or ("", 0))[1] == pid]
+
+
+def _stands_still(pid: int) -> bool:
+    facts = _state_and_parent(pid)
+    return facts is None or facts[0] in "TtZX"
