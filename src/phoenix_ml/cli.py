@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from phoenix_ml import __version__
@@ -97,17 +97,6 @@ def show_json(content: Any) -> None:
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
-
-
-def progress_bar(unit: str) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        console=err,
-    )
 
 
 # serve, work, db, doctor
@@ -462,42 +451,22 @@ def features_load(file: Path, entity: str, data: Path | None, as_json: bool) -> 
 
 
 async def load_file(file: Path, entity: str, data: Path | None) -> int:
-    from phoenix_ml.application.features import store_features
+    from phoenix_ml.application.features import load_features
     from phoenix_ml.infrastructure.tables import open_table
 
     store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
-    loaded = 0
     try:
         with open_table(file) as table, Progress(console=err) as bar:
             if entity not in table.names:
                 raise InvalidField(
                     f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
                 )
-            names = [name for name in table.names if name != entity]
             task = bar.add_task(f"loading {file.name}", total=1.0)
-            for columns, share in table.batches:
-                rows = zip(*(columns[name] for name in names), strict=True)
-                loaded += await store_features(
-                    store,
-                    {
-                        _entity_id(key, file): {
-                            # NaN is how data frames write "missing"
-                            n: None if v != v else v  # noqa: PLR0124
-                            for n, v in zip(names, row, strict=True)
-                        }
-                        for key, row in zip(columns[entity], rows, strict=True)
-                    },
-                )
-                bar.update(task, completed=share)
+            return await load_features(
+                store, table.batches, entity, lambda share: bar.update(task, completed=share)
+            )
     finally:
         await store.close()
-    return loaded
-
-
-def _entity_id(key: object, file: Path) -> str:
-    if key is None:
-        raise InvalidField(f"{file.name} has a row without an entity id", field="entity")
-    return str(key)
 
 
 @features.command("get")

@@ -1,7 +1,7 @@
 """Storing and showing features of entities."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -32,6 +32,34 @@ async def store_features(store: FeatureStore, entities: Mapping[str, Features]) 
                 raise FeatureInvalid(f"entity {entity_id!r}: {name!r} is beyond 64 bits", feature=name)
     await store.write(entities, time.time_ns() // 1_000_000)
     return len(entities)
+
+
+async def load_features(
+    store: FeatureStore,
+    batches: Iterable[tuple[Mapping[str, Sequence[Scalar | None]], float]],
+    entity: str,
+    on_progress: Callable[[float], None],
+) -> int:
+    """How many rows of a table were stored: one entity a row, named by the column ``entity``.
+
+    Every batch is columns and the share of the table read so far. Empty cells and NaN, which is how
+    data frames write "missing", remove the feature. Raises what ``store_features`` raises.
+    """
+    loaded = 0
+    for columns, share in batches:
+        names = [name for name in columns if name != entity]
+        rows = zip(*(columns[name] for name in names), strict=True)
+        entities = {}
+        for key, row in zip(columns[entity], rows, strict=True):
+            if key is None:
+                raise InvalidField(f"a row has no entity id in column {entity!r}", field="entity")
+            entities[str(key)] = {
+                name: None if value != value else value  # noqa: PLR0124 - NaN differs from itself
+                for name, value in zip(names, row, strict=True)
+            }
+        loaded += await store_features(store, entities)
+        on_progress(share)
+    return loaded
 
 
 async def show_features(store: FeatureStore, entity_id: str) -> dict[str, Any]:

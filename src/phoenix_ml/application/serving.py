@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
 # loop delays nobody noticeably (docs/adr/0002).
 INLINE_LIMIT_S = 0.0005
 QUEUE_LIMIT = 256
-_WARM_UP_RUNS = 7
+_WARM_UP_RUNS = 10
 _WARM_UP_ROWS = 16
 _RETRY_FAILED_S = 5.0
 
@@ -52,7 +51,10 @@ class ServedVersion:
         self._waiting = 0
 
     def _warm_up(self) -> tuple[float, float]:
-        """Seconds for a run of one row, and for each row more; medians after the first, slow runs."""
+        """Seconds for a run of one row, and for each row more.
+
+        The shortest of several runs: what else the machine does while a model loads only adds to them.
+        """
         sample, _ = self.contract.resolve(None, list(self.version.metadata.sample), 0)
         packed = self.format.pack(sample)
 
@@ -63,7 +65,7 @@ class ServedVersion:
                 started = time.perf_counter()
                 self.engine.run(rows)
                 durations.append(time.perf_counter() - started)
-            return statistics.median(durations[2:])
+            return min(durations)
 
         one = measure(1)
         return one, max(0.0, measure(_WARM_UP_ROWS) - one) / (_WARM_UP_ROWS - 1)

@@ -11,6 +11,7 @@ from phoenix_ml.domain.errors import (
     FeatureInvalid,
     FeatureMissing,
     FeatureUnknown,
+    InvalidField,
     ModelRefused,
 )
 from phoenix_ml.domain.rows import Column, ElementType, Scalar
@@ -46,6 +47,18 @@ _PYTHON_TYPES: Final[dict[FeatureType, frozenset[type]]] = {
     FeatureType.BOOLEAN: frozenset({bool}),
     FeatureType.STRING: frozenset({str}),
 }
+
+
+def check_feature_name(name: str) -> None:
+    """Raises InvalidField for a name that no feature store takes.
+
+    Names with a leading underscore are the stores' own: ``_updated_at`` and ``_at:<feature>``.
+    """
+    if not name or name.startswith("_"):
+        raise InvalidField(
+            f"feature name {_shorten(name)} is not usable: it must not be empty nor start with '_'",
+            field="features",
+        )
 
 
 class FeatureRule(Struct, frozen=True, forbid_unknown_fields=True):
