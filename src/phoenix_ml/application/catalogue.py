@@ -76,9 +76,17 @@ def register(
             created_at_ms=time.time_ns() // 1_000_000,
             metadata=_describe(engines, path, registration, reference),
         )
-        registry.add(version, actor)
+        try:
+            registry.add(version, actor)
+        except VersionConflict:
+            # Somebody else was faster; with the same bytes that is what was wanted.
+            existing = _find(registry, registration)
+            if existing is None or existing.sha256 != stored.sha256:
+                raise
+            return existing
     except BaseException:
-        if stored.is_new:
+        # Another version with the same bytes may have come meanwhile.
+        if stored.is_new and all(v.uri != stored.uri for v in registry.list_versions()):
             artifacts.remove(stored.uri)
         raise
     return version

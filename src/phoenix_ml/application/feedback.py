@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from datetime import UTC
 from uuid import UUID
 
 import msgspec
 
 from phoenix_ml.application.ports import Journal
+from phoenix_ml.application.reports import epoch_ms
 from phoenix_ml.domain.errors import BatchTooLarge, InvalidField
 from phoenix_ml.domain.events import OutcomeReported
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import Feedback
+from phoenix_ml.domain.rows import Scalar
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -31,14 +32,22 @@ def report_outcomes(journal: Journal, feedback: Sequence[Feedback], *, limit: in
     for position, item in enumerate(feedback):
         observed_at_ms = now_ms
         if item.observed_at is not None:
-            at = item.observed_at if item.observed_at.tzinfo else item.observed_at.replace(tzinfo=UTC)
-            observed_at_ms = int(at.timestamp() * 1000)
+            observed_at_ms = epoch_ms(item.observed_at, "observed_at")
+        _check_outcome(item.outcome, position)
         event = OutcomeReported(
             new_id(), _uuid(item.prediction_id, position), item.outcome, observed_at_ms, now_ms
         )
         payloads.append(_encode(event))
     journal.append_many(payloads)
     return len(payloads)
+
+
+def _check_outcome(outcome: Scalar | dict[str, Scalar | None], position: int) -> None:
+    for value in outcome.values() if isinstance(outcome, dict) else (outcome,):
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise InvalidField(
+                f"outcome {position} has a number beyond 64 bits", field="outcome", position=position
+            )
 
 
 def _uuid(text: str, position: int) -> str:

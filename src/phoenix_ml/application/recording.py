@@ -12,7 +12,6 @@ from phoenix_ml.application.ports import (
     RecordedEvent,
     UnreadableEvent,
 )
-from phoenix_ml.domain.errors import DatabaseUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +45,12 @@ def record_events(
     events = [item for item in batch if isinstance(item, RecordedEvent)]
     try:
         new_rows, rejected = _store(prediction_log, events)
-    except DatabaseUnavailable:
+        for item in (*unreadable, *rejected):
+            log.error("an event cannot be stored: %s", item.reason)
+            bury(item)
+    except BaseException:
         source.rewind()
         raise
-    for item in (*unreadable, *rejected):
-        log.error("an event cannot be stored: %s", item.reason)
-        bury(item)
     source.commit()
     return Recorded(len(batch), new_rows, len(unreadable) + len(rejected))
 

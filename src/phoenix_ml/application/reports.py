@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from phoenix_ml.application.ports import LoggedPrediction, UnmatchedOutcome
+from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.models import ModelVersion
 
 
@@ -18,6 +19,18 @@ def iso_time(at_ms: int | None) -> str | None:
     if at_ms is None:
         return None
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def epoch_ms(at: datetime, field: str) -> int:
+    """Milliseconds since the epoch; a time without a zone is in UTC.
+
+    Raises InvalidField for the first and the last year there are: in another zone they would be beyond
+    what Python and the databases can hold.
+    """
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    if not 1 < at.year < 9999:
+        raise InvalidField(f"{field}: the year {at.year} is beyond what can be stored", field=field)
+    return int(at.timestamp() * 1000)
 
 
 def describe_version(version: ModelVersion, *, baseline: bool = False) -> dict[str, Any]:

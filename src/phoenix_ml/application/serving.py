@@ -13,6 +13,7 @@ import msgspec
 
 from phoenix_ml.application.ports import ArtifactStore, Engine, Engines, Meter, Registry
 from phoenix_ml.domain.errors import (
+    DatabaseUnavailable,
     InferenceFailed,
     ModelLoadFailed,
     ModelRefused,
@@ -188,9 +189,11 @@ class LiveModels:
         return self._table
 
     def model(self, model_id: str) -> LiveModel:
-        """Raises ModelUnknown."""
+        """Raises ModelUnknown, and DatabaseUnavailable while the registry could not be read even once."""
         model = self._table.get(model_id)
         if model is None:
+            if not self.is_ready:
+                raise DatabaseUnavailable("the registry was not read yet, so no model is known: try again")
             known = ", ".join(sorted(self._table)[:10]) or "none yet"
             raise ModelUnknown(f"no model {model_id!r} is registered; registered: {known}", model_id=model_id)
         return model

@@ -70,6 +70,8 @@ def check_routing(routing: Routing) -> None:
         problem = f"{strategy} needs exactly one arm with the role champion"
     elif any(not 0 < arm.weight < float("inf") for arm in arms):
         problem = "each weight must be a number above 0; leave an arm out instead of giving it weight 0"
+    elif sum(arm.weight for arm in arms) == float("inf"):
+        problem = "the weights are too large to be added up; only their ratios matter"
     elif strategy is Strategy.SINGLE and len(arms) != 1:
         problem = "single takes one arm"
     elif strategy is Strategy.AB_TEST and (challengers < 1 or shadows):

@@ -86,8 +86,10 @@ class RowFormat:
             try:
                 struct.pack("<" + _STRUCT_CODE[column.element], value)
             except (struct.error, OverflowError):
+                shown = repr(value)
+                shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
                 return FeatureInvalid(
-                    f"feature {column.name!r}: {value!r} does not fit a {column.element}",
+                    f"feature {column.name!r}: {shown} does not fit a {column.element}",
                     feature=column.name,
                 )
         return FeatureInvalid("a value does not fit its column")

@@ -78,12 +78,15 @@ async def serve(
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )
     )
+    looked = asyncio.Event()
     tasks = [
-        asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000)),
+        asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000, looked)),
         asyncio.create_task(_keep_journal(writer, metrics, settings.journal_sync_ms / 1000)),
         asyncio.create_task(_announce(server, live, on_ready, was_stopped)),
     ]
     try:
+        # Not before: a process that was started again would call every model unknown until it has read them.
+        await looked.wait()
         await server.serve(sockets=[listener])
         await predict.drain()
     finally:
@@ -95,8 +98,11 @@ async def serve(
         metrics.close()
 
 
-async def _follow_registry(live: LiveModels, poll_s: float) -> None:
-    """Keeps the routing table up to date; while the database is down the table stays as it is."""
+async def _follow_registry(live: LiveModels, poll_s: float, looked: asyncio.Event) -> None:
+    """Keeps the routing table up to date; while the database is down the table stays as it is.
+
+    Sets ``looked`` after the first look, whatever it found.
+    """
     was_down = False
     while True:
         try:
@@ -106,6 +112,7 @@ async def _follow_registry(live: LiveModels, poll_s: float) -> None:
             if not was_down:
                 log.warning("the registry is not followed: %s", exc.message)
             was_down = True
+        looked.set()
         await asyncio.sleep(poll_s)
 
 

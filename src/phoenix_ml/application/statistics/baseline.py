@@ -32,6 +32,9 @@ def describe_reference(
             f"the reference has no column for {', '.join(absent)}; it has {', '.join(columns)}",
             features=absent,
         )
+    rows = max((len(column) for column in columns.values()), default=0)
+    if not rows:
+        raise ModelRefused("the reference has no rows")
     features = {}
     for name, rule in contract.items():
         present = [v for v in columns[name] if v is not None and v == v]  # noqa: PLR0124 - NaN differs from itself
@@ -41,15 +44,16 @@ def describe_reference(
         else:
             entry |= _levels(present)
         features[name] = entry
-    rows = max((len(column) for column in columns.values()), default=0)
     return {"rows": rows, "features": features}
 
 
 def _cells(name: str, present: Sequence[Scalar]) -> dict[str, Any]:
     try:
         values = np.asarray(present, dtype=np.float64)
-    except ValueError as exc:
+    except (TypeError, ValueError) as exc:
         raise ModelRefused(f"the reference's column {name!r} is not numeric: {exc}", feature=name) from exc
+    if not np.isfinite(values).all():
+        raise ModelRefused(f"the reference's column {name!r} holds infinite values", feature=name)
     if not len(values):
         return {"cuts": [], "counts": [0]}
     quantiles = np.arange(1, CELLS) / CELLS

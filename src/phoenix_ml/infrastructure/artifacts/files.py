@@ -30,7 +30,7 @@ class FileArtifacts:
                 os.fsync(copy.fileno())
                 name = digest.hexdigest()
                 uri = f"sha256/{name[:2]}/{name}"
-                path = self._folder / uri
+                path = self._locate(uri)
                 is_new = not path.exists()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Path(copy.name).chmod(0o444)
@@ -68,7 +68,7 @@ class FileArtifacts:
 
     def _locate(self, uri: str) -> Path:
         path = self._folder / uri
-        inside = path.parent.resolve() == (self._folder.resolve() / uri).parent
-        if not _URI.fullmatch(uri) or not inside:
+        # The form comes first: what has another one is not even looked for on the disk.
+        if not _URI.fullmatch(uri) or path.parent.resolve() != (self._folder.resolve() / uri).parent:
             raise ModelLoadFailed(f"the artifact URI {uri!r} leads out of the store", uri=uri)
         return path

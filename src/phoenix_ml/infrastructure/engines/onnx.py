@@ -61,6 +61,8 @@ class OnnxEngines:
             tuple(_spec(node) for node in session.get_outputs()),
         )
         width = sum(signature.widths)
+        if not width:
+            raise ModelRefused("the model takes no inputs: its answer would never depend on a feature")
         names = hints.feature_names
         if names and len(signature.inputs) == 1 and len(names) != width:
             raise ModelRefused(
@@ -132,7 +134,7 @@ class OnnxEngine:
             return Outputs(values.reshape(-1).tolist() if flat else values.tolist())
         if not self._has_scores:
             return Outputs(outputs[0].reshape(-1).tolist())
-        probabilities = _probability_rows(outputs[-1])
+        probabilities = _probability_rows(outputs[-1], self._labels)
         if self._has_label:
             results = outputs[0].reshape(-1).tolist()
         else:
@@ -165,9 +167,10 @@ class OnnxEngine:
         return feeds
 
 
-def _probability_rows(scores: Any) -> list[list[float]]:
-    if isinstance(scores, list):  # ZipMap: one {label: probability} a row
-        return [list(row.values()) for row in scores]
+def _probability_rows(scores: Any, labels: list[str | int]) -> list[list[float]]:
+    if isinstance(scores, list):  # ZipMap: one {label: probability} a row, sorted by label
+        order = labels if labels and all(label in scores[0] for label in labels) else list(scores[0])
+        return [[row[label] for label in order] for row in scores]
     if scores.ndim == 1 or scores.shape[1] == 1:  # the probability of the second of two classes
         return [[1.0 - p, p] for p in scores.reshape(-1).tolist()]
     rows: list[list[float]] = scores.tolist()
@@ -225,7 +228,8 @@ def _check_graph(artifact: Path) -> tuple[str | int, ...]:
                 "(onnx.save without save_as_external_data)",
                 tensor=tensor.name,
             )
-    for node in model.graph.node:
+    # The labels of a ZipMap are the very keys of its maps.
+    for node in sorted(model.graph.node, key=lambda node: node.op_type != "ZipMap"):
         for attribute in node.attribute:
             if attribute.name == "classlabels_strings" and attribute.strings:
                 return tuple(label.decode() for label in attribute.strings)
@@ -236,18 +240,20 @@ def _check_graph(artifact: Path) -> tuple[str | int, ...]:
 
 def _tensors(model: Any) -> Iterator[Any]:
     """Every tensor of the model, those in subgraphs, functions and attributes included."""
-    nodes = [node for function in model.functions for node in function.node]
+    # A function's attributes may have defaults, which are tensors too.
+    attribute_lists = [function.attribute_proto for function in model.functions]
+    attribute_lists += [node.attribute for function in model.functions for node in function.node]
     graphs = [model.graph, *(info.initialization for info in model.training_info)]
     graphs += [info.algorithm for info in model.training_info]
-    while graphs or nodes:
+    while graphs or attribute_lists:
         if graphs:
             graph = graphs.pop()
             yield from graph.initializer
             for sparse in graph.sparse_initializer:
                 yield from (sparse.values, sparse.indices)
-            nodes.extend(graph.node)
+            attribute_lists.extend(node.attribute for node in graph.node)
             continue
-        for attribute in nodes.pop().attribute:
+        for attribute in attribute_lists.pop():
             yield from (attribute.t, *attribute.tensors)
             for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
                 yield from (sparse.values, sparse.indices)

@@ -31,7 +31,6 @@ from phoenix_ml.domain.rows import Scalar
 from phoenix_ml.infrastructure.features.values import Given, as_text, checked
 
 _CONNECT_S: Final = 1.0
-_WRITE_S: Final = 5.0
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 1.0
 _ENTITIES_A_ROUND_TRIP: Final = 64
@@ -93,7 +92,7 @@ class RedisFeatures:
 
     name = "redis"
 
-    def __init__(self, url: str, deadline_ms: float = 5.0) -> None:
+    def __init__(self, url: str, deadline_ms: float = 5.0, write_deadline_ms: float = 5000.0) -> None:
         try:
             # redis-py's own timeout would wrap each write in a task, 40 µs; the lane keeps the time.
             pool = ConnectionPool.from_url(url, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
@@ -107,7 +106,7 @@ class RedisFeatures:
             options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         )
         self._reads = _Lane(reads, deadline_ms / 1000, self._give_up)
-        self._writes = _Lane(writes, _WRITE_S, self._give_up)
+        self._writes = _Lane(writes, write_deadline_ms / 1000, self._give_up)
         self._down: str | None = None
         self._closed = False
         self._recovery: asyncio.Task[None] | None = None
@@ -132,7 +131,7 @@ class RedisFeatures:
             return None
         values = _all_floats(names, raw) if prepared.only_floats else None
         if values is None:
-            values = _read_as(types, raw)
+            values = _read_as(names, prepared.parsers, raw)
         return StoredFeatures(values, _milliseconds(updated_at), _times(names, times))
 
     async def read_all(self, entity_id: str) -> StoredFeatures | None:
@@ -216,9 +215,9 @@ class RedisFeatures:
         head, _, tail = packed.partition(b"$0\r\n\r\n")
         if len(self._prepared) >= _PREPARED_READS:
             self._prepared.clear()
-        self._prepared[names] = prepared = _PreparedRead(
-            head, tail, dict(types), set(types.values()) == {FeatureType.FLOAT}
-        )
+        parsers = tuple(_FROM_RAW[wanted] for wanted in types.values())
+        only_floats = set(parsers) == {_float}
+        self._prepared[names] = prepared = _PreparedRead(head, tail, dict(types), parsers, only_floats)
         return prepared
 
     def _unavailable(self, why: str) -> FeatureStoreUnavailable:
@@ -256,6 +255,7 @@ class _PreparedRead(NamedTuple):
     head: bytes
     tail: bytes
     types: dict[str, FeatureType]
+    parsers: tuple[Callable[[bytes], Scalar | None], ...]
     only_floats: bool
 
 
@@ -454,13 +454,13 @@ def _infer(raw: bytes) -> Scalar | None:
     return None if text.lower() == "nan" else text
 
 
-def _read_as(types: Mapping[str, FeatureType], raw: Sequence[bytes | None]) -> dict[str, Scalar]:
+def _read_as(
+    names: Sequence[str], parsers: Sequence[Callable[[bytes], Scalar | None]], raw: Sequence[bytes | None]
+) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {}
-    for (name, wanted), stored in zip(types.items(), raw, strict=True):
-        if stored is not None:
-            value = _FROM_RAW[wanted](stored)
-            if value is not None:
-                values[name] = value
+    for name, parse, stored in zip(names, parsers, raw, strict=True):
+        if stored is not None and (value := parse(stored)) is not None:
+            values[name] = value
     return values
 
 

@@ -30,9 +30,8 @@ def checked(entities: Mapping[str, Given]) -> dict[str, dict[str, Scalar | None]
     }
 
 
-def as_type(value: Scalar, wanted: FeatureType) -> Scalar:
-    """The value in the wanted type, or as text where it is not of that type."""
-    native = NATIVE[wanted]
+def as_type(value: Scalar, native: type) -> Scalar:
+    """The value in the wanted type, one of NATIVE, or as text where it is not of that type."""
     if type(value) is native:
         return value
     if native is float and type(value) is int:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
@@ -55,7 +55,7 @@ def build_app(
     journal_is_writable: Callable[[], str],
 ) -> Asgi:
     """The application. The calls that carry the load never enter FastAPI."""
-    explored = _explored_app(phoenix, features, live, calls, journal_is_writable)
+    explored = explored_app(phoenix, features, live, calls, journal_is_writable)
 
     async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in calls.by_path:
@@ -66,16 +66,21 @@ def build_app(
     return app
 
 
-def _explored_app(
+def explored_app(
     phoenix: Phoenix,
     features: FeatureStore,
     live: LiveModels,
     calls: PredictionCalls,
     journal_is_writable: Callable[[], str],
 ) -> FastAPI:
+    """All routes on FastAPI, the loaded calls among them: for servers other than ours, and for tests."""
     # Its documentation pages bring their scripts along: they work on a machine without internet.
     app: FastAPI = FastAPIOffline(
-        title="Phoenix ML", version=__version__, description=_DESCRIPTION, redoc_url=None
+        title="Phoenix ML",
+        version=__version__,
+        description=_DESCRIPTION,
+        redoc_url=None,
+        dependencies=[Depends(_refuse_nul)],
     )
     _map_errors(app)
     _mount_calls(app, calls)
@@ -93,7 +98,8 @@ def _explored_app(
             response = await call_next(request)
         finally:
             request_id_var.reset(token)
-        response.headers["x-request-id"] = request_id
+        # The loaded calls have named theirs already, by the id that is on record.
+        response.headers.setdefault("x-request-id", request_id)
         if request.method != "GET":
             log.info(
                 "%s %s %d",
@@ -170,6 +176,11 @@ def _mount_calls(app: FastAPI, calls: PredictionCalls) -> None:
             tags=["predictions"],
             openapi_extra=describe_body(kind),
         )
+
+
+async def _refuse_nul(request: Request) -> None:
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        raise MalformedBody("the URL contains U+0000, which no database can store in a text")
 
 
 def _map_errors(app: FastAPI) -> None:

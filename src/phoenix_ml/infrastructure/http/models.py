@@ -190,7 +190,8 @@ def _register_upload(
         path = _save(artifact, Path(folder) / "artifact.onnx")
         columns = None
         if reference is not None:
-            suffix = Path(reference.filename or "").suffix
+            # What a caller names a file is not put into a path: it may hold anything.
+            suffix = next((s for s in (".csv", ".parquet") if str(reference.filename).endswith(s)), "")
             columns = read_columns(_save(reference, Path(folder) / f"reference{suffix}"))
         return register(
             phoenix.registry,

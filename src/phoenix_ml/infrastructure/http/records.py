@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from phoenix_ml.application.ports import PredictionQuery
-from phoenix_ml.application.reports import describe_outcome, describe_prediction, iso_time
+from phoenix_ml.application.reports import describe_outcome, describe_prediction, epoch_ms, iso_time
 from phoenix_ml.bootstrap import Phoenix
 from phoenix_ml.infrastructure.http.routes import answer
 
@@ -28,7 +28,13 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
     ) -> Response:
         """The prediction log, newest first; pass `next_cursor` back as `cursor` for the next page."""
         query = PredictionQuery(
-            model_id, model_version, entity_id, _as_ms(since), _as_ms(until), limit, cursor
+            model_id,
+            model_version,
+            entity_id,
+            None if since is None else epoch_ms(since, "since"),
+            None if until is None else epoch_ms(until, "until"),
+            limit,
+            cursor,
         )
         rows, next_cursor = phoenix.prediction_log.page(query)
         return answer({"items": [describe_prediction(row) for row in rows], "next_cursor": next_cursor})
@@ -61,7 +67,3 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
         return answer({"items": items, "next_cursor": None})
 
     return router
-
-
-def _as_ms(at: datetime | None) -> int | None:
-    return None if at is None else int(at.timestamp() * 1000)

@@ -16,10 +16,11 @@ from sqlalchemy.exc import (
     IntegrityError,
     NoSuchModuleError,
     OperationalError,
+    StatementError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured
+from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, Misconfigured
 from phoenix_ml.infrastructure.sql.schema import HEAD_REVISION, counters
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,12 @@ class Database:
         options: dict[str, Any] = {}
         self.is_sqlite = parsed.drivername == "sqlite"
         if self.is_sqlite:
-            Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise Misconfigured(
+                    f"PHOENIX_DATABASE: the folder of {parsed.database} cannot be made: {exc.strerror}"
+                ) from exc
             options["connect_args"] = {"timeout": 15.0}
         elif parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
@@ -63,7 +69,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads."""
-        with self._guard(), self.engine.connect() as connection:
+        with refusing_values(), self._guard(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
@@ -123,8 +129,10 @@ class Database:
         else:
             with self.engine.connect() as connection:
                 connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
-                yield  # closing the connection's session would release it, a pooled one is told to
-                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
+                try:
+                    yield  # closing the connection's session would release it, a pooled one is told to
+                finally:
+                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -137,6 +145,18 @@ class Database:
             raise DatabaseUnavailable(
                 f"the database {self.name} does not answer: {reason}", database=self.name
             ) from exc
+
+
+@contextmanager
+def refusing_values() -> Iterator[None]:
+    """Raises InvalidField for a value that the database can't hold, such as U+0000 in a PostgreSQL text."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (StatementError, OverflowError, UnicodeEncodeError) as exc:
+        reason = str(exc.orig if isinstance(exc, StatementError) else exc).strip()
+        raise InvalidField(f"the database cannot hold a value that was given: {reason}") from exc
 
 
 def next_value(connection: Connection, counter: str, step: int = 1) -> int:

@@ -1,5 +1,6 @@
 """The prediction log in SQL. See ``PredictionLog`` in the ports for the contract."""
 
+import struct
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any
@@ -7,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, exists, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.exc import StatementError
 
 from phoenix_ml.application.ports import (
     EventRejected,
@@ -33,13 +34,18 @@ class SqlPredictionLog:
         self._formats: dict[tuple[Column, ...], RowFormat] = {}
 
     def write(self, events: Sequence[RecordedEvent]) -> int:
-        made = [self._prediction_row(e.event, e) for e in events if isinstance(e.event, PredictionMade)]
+        try:
+            made = [self._prediction_row(e.event, e) for e in events if isinstance(e.event, PredictionMade)]
+        except (struct.error, LookupError, ValueError) as exc:
+            raise EventRejected(f"the event does not fit its own columns: {exc}") from exc
         reported = [_outcome_row(e.event) for e in events if isinstance(e.event, OutcomeReported)]
         try:
             with self._database.write() as connection:
                 return self._store(connection, made, reported)
-        except (IntegrityError, DataError) as exc:
+        except StatementError as exc:
             raise EventRejected(str(exc.orig).strip()) from exc
+        except OverflowError as exc:
+            raise EventRejected(str(exc)) from exc
 
     def get(self, prediction_id: str) -> LoggedPrediction:
         try:
@@ -97,9 +103,10 @@ class SqlPredictionLog:
         self, connection: Connection, made: list[dict[str, Any]], reported: list[dict[str, Any]]
     ) -> int:
         new_rows = 0
+        # Raising the counter locks it: batches of several log workers commit in the order of seq, and an
+        # outcome and its prediction never pass each other unseen.
+        last = next_value(connection, PREDICTION_SEQ, len(made))
         if made:
-            # Raising the counter locks it: batches of several log workers commit in the order of seq.
-            last = next_value(connection, PREDICTION_SEQ, len(made))
             for seq, row in enumerate(made, last - len(made) + 1):
                 row["seq"] = seq
             new_rows += connection.execute(self._insert_prediction, made).rowcount
@@ -199,8 +206,11 @@ def _logged(rows: Sequence[Row[Any]], connection: Connection) -> list[LoggedPred
 def _parse_cursor(cursor: str) -> tuple[int, str]:
     at_ms, _, last_id = cursor.partition(".")
     try:
-        return int(at_ms), str(UUID(last_id))
+        position = int(at_ms), str(UUID(last_id))
+        if not 0 <= position[0] < 1 << 53:
+            raise ValueError(at_ms)
     except ValueError:
         raise InvalidField(
             "the cursor is not one that a page has answered: start without one", field="cursor"
         ) from None
+    return position

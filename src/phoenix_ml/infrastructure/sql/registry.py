@@ -1,6 +1,8 @@
 """The registry in SQL. See ``Registry`` in the ports for the contract."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -17,7 +19,7 @@ from phoenix_ml.domain.errors import (
 )
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_promotion, version_precedence
 from phoenix_ml.domain.routing import Routing
-from phoenix_ml.infrastructure.sql.database import Database, next_value
+from phoenix_ml.infrastructure.sql.database import Database, next_value, refusing_values
 from phoenix_ml.infrastructure.sql.schema import REGISTRY_REVISION, audit_log, counters, models, routing
 
 
@@ -38,7 +40,7 @@ class SqlRegistry:
             "sha256": version.sha256,
         }
         try:
-            with self._database.write() as connection:
+            with self._changing() as connection:
                 connection.execute(insert(models).values(row))
                 subject = f"{version.model_id} {version.version}"
                 details = {"sha256": version.sha256, "stage": version.stage}
@@ -60,10 +62,10 @@ class SqlRegistry:
             found = [_version(row) for row in connection.execute(query)]
         if model_id is not None and not found:
             raise ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
-        return sorted(found, key=lambda v: (v.model_id, version_precedence(v.version)))
+        return sorted(found, key=lambda v: (v.model_id, version_precedence(v.version), v.version))
 
     def set_stage(self, model_id: str, version: str, stage: Stage, actor: str) -> ModelVersion:
-        with self._database.write() as connection:
+        with self._changing() as connection:
             current = _get(connection, model_id, version)
             if current.stage is stage:
                 return current
@@ -72,7 +74,7 @@ class SqlRegistry:
             return _change(connection, current, actor, "stage", details, {"stage": stage})
 
     def set_active(self, model_id: str, version: str, active: bool, actor: str) -> ModelVersion:
-        with self._database.write() as connection:
+        with self._changing() as connection:
             current = _get(connection, model_id, version)
             if current.is_active is active:
                 return current
@@ -93,7 +95,7 @@ class SqlRegistry:
 
     def set_routing(self, model_id: str, routing_: Routing, actor: str) -> None:
         document = msgspec.to_builtins(routing_)
-        with self._database.write() as connection:
+        with self._changing() as connection:
             for version in routing_.versions:
                 if not _get(connection, model_id, version).is_active:
                     raise VersionInactive(
@@ -101,13 +103,17 @@ class SqlRegistry:
                         model_id=model_id,
                         version=version,
                     )
+            if _routing(connection, model_id) == routing_:
+                return
             connection.execute(delete(routing).where(routing.c.model_id == model_id))
             row = {"model_id": model_id, "routing": document, "updated_at": _now_ms()}
             connection.execute(insert(routing).values(row))
             _record(connection, actor, "routing", model_id, document)
 
     def clear_routing(self, model_id: str, actor: str) -> None:
-        with self._database.write() as connection:
+        with self._changing() as connection:
+            if _routing(connection, model_id) is None:
+                return
             connection.execute(delete(routing).where(routing.c.model_id == model_id))
             _record(connection, actor, "routing", model_id, {"strategy": None})
 
@@ -123,6 +129,14 @@ class SqlRegistry:
                 AuditEntry(row.at, row.actor, row.action, row.subject, row.details)
                 for row in connection.execute(query)
             ]
+
+    @contextmanager
+    def _changing(self) -> Iterator[Connection]:
+        """One change at a time: what a change has checked, no other alters before it is committed."""
+        revision = select(counters.c.value).where(counters.c.name == REGISTRY_REVISION)
+        with refusing_values(), self._database.write() as connection:
+            connection.execute(revision.with_for_update())  # SQLite locks at the start of every write
+            yield connection
 
 
 def _get(connection: Connection, model_id: str, version: str) -> ModelVersion:
