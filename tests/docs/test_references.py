@@ -21,7 +21,7 @@ from phoenix_ml.infrastructure.http.errors import status_of
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
-from phoenix_ml.settings import Settings
+from phoenix_ml.settings import Settings, load_settings
 
 _ROOT = Path(__file__).parents[2]
 _DOCS = _ROOT / "docs"
@@ -156,7 +156,7 @@ def test_the_command_page_shows_the_example_of_the_help(name: str) -> None:
 
 
 async def _described(folder: Path) -> dict[str, Any]:
-    settings = Settings(data=folder)
+    settings = load_settings(data=folder, database="", features="sqlite:", artifacts="file:")
     phoenix = bootstrap(settings)
     features = open_features(settings)
     journal = JournalWriter(settings.journal_folder / "api-0")

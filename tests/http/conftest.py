@@ -6,11 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import zoo
-from lanes import Lane, ServerLane, open_lane
+from lanes import BATCH_LIMIT, UPLOAD_LIMIT_BYTES, Lane, ServerLane, open_lane
 from phoenix_server import PhoenixServer
-
-BATCH_LIMIT = 50
-UPLOAD_LIMIT_BYTES = 1 << 20
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,10 @@ from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 ANSWER_DEADLINE_S = 30.0
 LOG_DEADLINE_S = 15.0
 
+# Of the server that all HTTP tests share: lower than the defaults, so that tests reach them.
+BATCH_LIMIT = 50
+UPLOAD_LIMIT_BYTES = 1 << 20
+
 
 class Lane(Protocol):
     """Requests to one API process, in order."""

@@ -204,7 +204,9 @@ def gather_model(size: int = 4) -> bytes:
 def strict_one_hot_model() -> bytes:
     """Refuses every ``city`` but Oslo and Lima at run time, the empty string too; ``y`` is 1.0."""
     nodes = [
-        helper.make_node("OneHotEncoder", ["city"], ["hot"], domain=ML, cats_strings=["Oslo", "Lima"], zeros=0),
+        helper.make_node(
+            "OneHotEncoder", ["city"], ["hot"], domain=ML, cats_strings=["Oslo", "Lima"], zeros=0
+        ),
         helper.make_node("ReduceSum", ["hot", "axes"], ["y"], keepdims=0),
     ]
     inputs = [_value("city", STRING, ("n", 1))]
@@ -214,7 +216,10 @@ def strict_one_hot_model() -> bytes:
 def slow_model(width: int = 2, *, loops: int = 12, size: int = 256) -> bytes:
     """``y`` = sum of the row, after ``loops`` products of two ``size`` x ``size`` matrices: milliseconds a run."""
     body = helper.make_graph(
-        [helper.make_node("MatMul", ["a_in", "matrix"], ["a_out"]), helper.make_node("Identity", ["go"], ["on"])],
+        [
+            helper.make_node("MatMul", ["a_in", "matrix"], ["a_out"]),
+            helper.make_node("Identity", ["go"], ["on"]),
+        ],
         "body",
         [_value("i", INT64, ()), _value("go", BOOL, ()), _value("a_in", FLOAT, (size, size))],
         [_value("on", BOOL, ()), _value("a_out", FLOAT, (size, size))],
@@ -242,7 +247,10 @@ def slow_model(width: int = 2, *, loops: int = 12, size: int = 256) -> bytes:
 
 def total_of_all_rows(width: int = 2) -> bytes:
     """``y`` is one number whatever the number of rows: the first dimension of the output is not the rows."""
-    nodes = [helper.make_node("ReduceSum", ["x"], ["y0"], keepdims=0), helper.make_node("Reshape", ["y0", "one"], ["y"])]
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["y0"], keepdims=0),
+        helper.make_node("Reshape", ["y0", "one"], ["y"]),
+    ]
     inputs = [_value("x", FLOAT, ("n", width))]
     return _model(nodes, inputs, [_value("y", FLOAT, (None,))], {"one": np.array([1])})
 
@@ -305,7 +313,9 @@ def external_data_in_subgraph(location: str = "weights.bin") -> bytes:
     """The weights lie in a file, and only a branch of an If, two graphs deep, names it."""
     deepest = _branch("deepest", [helper.make_node("Identity", ["w"], ["deepest_out"])])
     deepest.initializer.append(_external_tensor("w", location))
-    inner = _if("yes", deepest, _branch("other", [helper.make_node("Identity", ["small"], ["other_out"])]), "then_out")
+    inner = _if(
+        "yes", deepest, _branch("other", [helper.make_node("Identity", ["small"], ["other_out"])]), "then_out"
+    )
     then = _branch("then", [inner])
     otherwise = _branch("else", [helper.make_node("Identity", ["small"], ["else_out"])])
     nodes = [_if("yes", then, otherwise, "w"), helper.make_node("Add", ["x", "w"], ["y"])]
@@ -406,5 +416,7 @@ def _model(
     constants = [numpy_helper.from_array(array, name) for name, array in (initializers or {}).items()]
     graph = helper.make_graph(list(nodes), "test", list(inputs), list(outputs), constants)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(ML, 3)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="phoenix tests")
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="phoenix tests"
+    )
     return model.SerializeToString()

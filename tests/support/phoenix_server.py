@@ -163,6 +163,14 @@ class PhoenixServer:
             _send(pid, signal.SIGKILL)
         process.wait()
 
+    def kill_supervisor(self) -> None:
+        """Ends the supervisor alone with SIGKILL: its processes must notice by themselves."""
+        process = self._process
+        if process is None:
+            raise self._error("was not started")
+        process.kill()
+        process.wait()
+
     def restart(self) -> None:
         """Starts again on the same data and port, after a graceful stop if it still runs."""
         self.stop()

@@ -122,9 +122,8 @@ class RedisFeatures:
         if prepared is None or prepared.types != types:
             prepared = self._prepare(names, types)
         key = _key(entity_id)
-        reply = await self._ask(
-            self._reads, b"%b$%d\r\n%b\r\n%b" % (prepared.head, len(key), key, prepared.tail)
-        )
+        command = b"%b$%d\r\n%b\r\n%b" % (prepared.head, len(key), key, prepared.tail)
+        reply = await self._ask(self._reads, command, key)
         count = len(names)
         raw, updated_at, times = reply[:count], reply[count], reply[count + 1 :]
         if updated_at is None and not any(value is not None for value in raw):
@@ -139,7 +138,8 @@ class RedisFeatures:
 
         Raises FeatureStoreUnavailable, and FeatureInvalid when the entity's key holds no hash.
         """
-        reply = await self._ask(self._reads, _pack(b"HGETALL", _key(entity_id)))
+        key = _key(entity_id)
+        reply = await self._ask(self._reads, _pack(b"HGETALL", key), key)
         fields = dict(zip(reply[::2], reply[1::2], strict=True))
         values = {}
         for field, raw in fields.items():
@@ -163,15 +163,15 @@ class RedisFeatures:
             if any(isinstance(reply, NoScriptError) for reply in replies):
                 await self._ask(self._writes, _pack(b"SCRIPT", b"LOAD", _MERGE))
                 replies = await self._exchange(self._writes, commands)
-            for reply in replies:
-                self._refuse_error(reply)
+            for (entity_id, _), reply in zip(chunk, replies, strict=True):
+                self._refuse_error(reply, _key(entity_id))
 
     async def check(self) -> None:
         """Returns when Redis answers. Raises FeatureStoreUnavailable.
 
         It has a second for that, so called first it also opens the connection that reads then find.
         """
-        await self._ask(self._reads, _pack(b"PING"), _CONNECT_S)
+        await self._ask(self._reads, _pack(b"PING"), patience_s=_CONNECT_S)
 
     async def close(self) -> None:
         """Ends the connections and the background task; whoever still waits is refused."""
@@ -179,14 +179,13 @@ class RedisFeatures:
         self._down = _CLOSED
         if self._recovery is not None:
             self._recovery.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._recovery
+            await asyncio.wait([self._recovery])
         await self._reads.close()
         await self._writes.close()
 
-    async def _ask(self, lane: "_Lane", command: bytes, patience_s: float = 0.0) -> Any:
+    async def _ask(self, lane: "_Lane", command: bytes, key: bytes = b"", patience_s: float = 0.0) -> Any:
         (reply,) = await self._exchange(lane, [command], patience_s)
-        self._refuse_error(reply)
+        self._refuse_error(reply, key)
         return reply
 
     async def _exchange(self, lane: "_Lane", commands: Sequence[bytes], patience_s: float = 0.0) -> list[Any]:
@@ -194,14 +193,13 @@ class RedisFeatures:
             raise self._unavailable(self._down)
         return await lane.exchange(commands, patience_s)
 
-    def _refuse_error(self, reply: object) -> None:
+    def _refuse_error(self, reply: object, key: bytes) -> None:
         if isinstance(reply, ResponseError):
             if "WRONGTYPE" in str(reply):
                 raise FeatureInvalid(
-                    f"the feature store redis at {self.address} holds something else than a hash under the "
-                    "entity's key, features:<entity>: remove that key",
+                    f"the key {_text(key)!r} in redis at {self.address} is no hash, so it holds no features: remove it",
                     store=self.name,
-                    address=self.address,
+                    key=_text(key),
                 ) from reply
             raise self._unavailable(str(reply)) from reply
 
@@ -305,9 +303,11 @@ class _Lane:
     async def close(self) -> None:
         """Ends the connection; whoever waits is refused."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.wait([task])
+        # A task that was cancelled before it began has refused nobody.
+        self._refuse(self._waiting, ConnectionError("the connection was closed"))
         with suppress(*_FAULTS):
             await self._connection.disconnect()
 
@@ -323,13 +323,13 @@ class _Lane:
         except TimeoutError as error:
             cause = TimeoutError(f"no answer within {self._deadline_s * 1000:g} ms")
             cause.__cause__ = error
+            await self._connection.disconnect(nowait=True)
         except _FAULTS as error:
             cause = error
+            await self._connection.disconnect(nowait=True)
         finally:
             self._task = None
-            for request in (*batch, *self._waiting):
-                if not request.answer.done():
-                    request.answer.set_exception(self._give_up(cause))
+            self._refuse([*batch, *self._waiting], cause)
             self._waiting = []
 
     async def _answer(self, batch: Sequence[_Request]) -> None:
@@ -353,6 +353,11 @@ class _Lane:
                 replies.append(await self._reply())
             if not request.answer.done():
                 request.answer.set_result(replies)
+
+    def _refuse(self, requests: Sequence[_Request], cause: BaseException) -> None:
+        for request in requests:
+            if not request.answer.done():
+                request.answer.set_exception(self._give_up(cause))
 
     async def _reply(self) -> Any:
         try:

@@ -24,13 +24,20 @@ from phoenix_ml.domain.rows import Column, RowFormat
 from phoenix_ml.infrastructure.sql.database import Database, next_value
 from phoenix_ml.infrastructure.sql.schema import PREDICTION_SEQ, outcomes, prediction_logs
 
+# Where Python's dates end, and PostgreSQL's drivers with them.
+_YEAR_10000_MS = 253_402_300_800_000
+
 
 class SqlPredictionLog:
     def __init__(self, database: Database) -> None:
         self._database = database
         dialect = sqlite if database.is_sqlite else postgresql
-        self._insert_prediction = dialect.insert(prediction_logs).on_conflict_do_nothing()
-        self._insert_outcome = dialect.insert(outcomes).on_conflict_do_nothing()
+        # Without the option SQLAlchemy knows no row count of many INSERTs in PostgreSQL.
+        counted = {"preserve_rowcount": True}
+        self._insert_prediction = (
+            dialect.insert(prediction_logs).on_conflict_do_nothing().execution_options(**counted)
+        )
+        self._insert_outcome = dialect.insert(outcomes).on_conflict_do_nothing().execution_options(**counted)
         self._formats: dict[tuple[Column, ...], RowFormat] = {}
 
     def write(self, events: Sequence[RecordedEvent]) -> int:
@@ -207,7 +214,7 @@ def _parse_cursor(cursor: str) -> tuple[int, str]:
     at_ms, _, last_id = cursor.partition(".")
     try:
         position = int(at_ms), str(UUID(last_id))
-        if not 0 <= position[0] < 1 << 53:
+        if not 0 <= position[0] < _YEAR_10000_MS:
             raise ValueError(at_ms)
     except ValueError:
         raise InvalidField(

@@ -1,0 +1,104 @@
+"""The demonstration, as a newcomer runs it, and the same models held against scikit-learn."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from msgspec import convert
+from phoenix_server import PhoenixServer
+from servers import free_port
+
+from phoenix_ml.demo.training import CLASS_LABELS, Training, arrange_for_sklearn, train
+from phoenix_ml.domain.features import FeatureRule
+
+pytestmark = [pytest.mark.system]
+MODEL = "credit-risk"
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return train(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def server(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
+    """Both versions active, the features of all applicants loaded by the command line."""
+    server = PhoenixServer(tmp_path_factory.mktemp("server"))
+    contract = convert(json.loads(training.contract_path.read_text()), dict[str, FeatureRule])
+    for trained in training.versions:
+        server.register(trained.onnx_path, MODEL, trained.version, contract=contract)
+    loaded = server.command("features", "load", str(training.features_path), "--entity", "entity_id")
+    assert loaded.returncode == 0, loaded.stderr
+    with server:
+        yield server
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_every_applicant_gets_the_answer_that_scikit_learn_gives(
+    server: PhoenixServer, training: Training, version: str
+) -> None:
+    """The whole road, store and graph included, must not change what the data scientist trained."""
+    estimator = next(trained.estimator for trained in training.versions if trained.version == version)
+    arranged = arrange_for_sklearn(training.data)
+    expected_labels = estimator.predict(arranged).tolist()
+    expected_probabilities = estimator.predict_proba(arranged)
+
+    answers: list[dict[str, Any]] = []
+    for start in range(0, len(training.data.ids), 500):
+        instances = [{"entity_id": entity_id} for entity_id in training.data.ids[start : start + 500]]
+        body = {"model_id": MODEL, "model_version": version, "instances": instances}
+        response = httpx.post(f"{server.url}/predict/batch", json=body, timeout=60)
+        answers += response.json()["predictions"]
+
+    assert len(answers) == 4454
+    assert [answer["result"] for answer in answers] == expected_labels
+    probabilities = np.array([answer["probabilities"] for answer in answers])
+    assert np.abs(probabilities - expected_probabilities).max() < 1e-5
+    confidences = np.array([answer["confidence"] for answer in answers])
+    columns = [CLASS_LABELS.index(label) for label in expected_labels]
+    assert np.abs(confidences - expected_probabilities[np.arange(4454), columns]).max() < 1e-5
+
+
+def test_missing_values_are_named_as_such(server: PhoenixServer, training: Training) -> None:
+    """An applicant without an income is not one who earns nothing, and the answer says so."""
+    row = training.data.columns["income"].index(None)
+
+    body = {"model_id": MODEL, "entity_id": training.data.ids[row]}
+    answer = httpx.post(f"{server.url}/predict", json=body).json()
+
+    assert answer["feature_sources"]["income"] == "missing"
+    assert answer["feature_sources"]["age"] == "store"
+
+
+def test_demo_trains_serves_replays_and_reports_from_the_log(tmp_path: Path) -> None:
+    """It is the first thing that a newcomer runs: it must end well and show what it promises."""
+    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--exit", "--data", str(tmp_path / "demo")]
+
+    ended = subprocess.run(
+        [*command, "--port", str(free_port())], capture_output=True, text=True, timeout=150, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    shown = " ".join(ended.stdout.split())
+    assert "1336/1336" in shown
+    assert "1,336 answers" in shown
+    assert "accuracy AUC" in shown
+    assert "Where to look next" in shown
+
+
+def test_demo_never_removes_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    """Whoever points it at a folder of their own by mistake keeps what is in it."""
+    (tmp_path / "thesis.txt").write_text("final")
+    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--exit", "--data", str(tmp_path)]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.returncode == 1
+    assert "was not made by the demo" in " ".join(ended.stderr.split())
+    assert (tmp_path / "thesis.txt").read_text() == "final"

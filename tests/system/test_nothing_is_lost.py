@@ -1,0 +1,218 @@
+"""Real processes, real load, real kills: an answer that left is in the log, once, as it was answered."""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from onnx_models import linear_regressor, weights, write
+from phoenix_server import PhoenixServer
+from servers import wait_until
+from traffic import Traffic, await_logged
+
+from phoenix_ml.application.ports import LoggedPrediction
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+
+pytestmark = [pytest.mark.system]
+
+MODEL = "linear"
+BIAS = {"1.0.0": 0.25, "1.1.0": 100.25}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[PhoenixServer]:
+    """Two API processes that serve a champion and a challenger, half of the traffic each."""
+    server = PhoenixServer(tmp_path, workers=2, registry_poll_ms=100)
+    for version, bias in BIAS.items():
+        artifact = write(tmp_path / f"{version}.onnx", linear_regressor(3, bias=bias))
+        server.register(artifact, MODEL, version)
+    with server.opened() as phoenix:
+        phoenix.registry.set_routing(MODEL, half_and_half(), "test")
+    with server:
+        yield server
+
+
+def half_and_half() -> Routing:
+    return Routing(Strategy.AB_TEST, (Arm("1.0.0"), Arm("1.1.0", Role.CHALLENGER)))
+
+
+def make_body(number: int) -> Mapping[str, Any]:
+    """A request whose features tell its number, so that a swapped or altered row would show."""
+    return {"model_id": MODEL, "features": features_of(number), "request_id": f"r{number}"}
+
+
+def features_of(number: int) -> list[float]:
+    return [float(number), float(number % 7), -1.5]
+
+
+def assert_exactly_once(traffic: Traffic, rows: list[LoggedPrediction]) -> None:
+    """Every answer is in the log once, with the values that were answered and the inputs that were sent."""
+    times = Counter(row.id for row in rows)
+    by_id = {row.id: row for row in rows}
+    for prediction_id, answer in traffic.answers.items():
+        row = by_id[prediction_id]
+        sent = features_of(int(row.request_id.removeprefix("r")))
+        expected = float(np.float32(np.dot(sent, weights(3))) + np.float32(BIAS[row.model_version]))
+        assert times[prediction_id] == 1
+        assert (row.result, row.model_version, row.route["role"], row.latency_ms) == (
+            answer["result"],
+            answer["model_version"],
+            answer["role"],
+            answer["latency_ms"],
+        )
+        assert list(row.features.values()) == sent
+        assert np.frombuffer(row.inputs, "<f4").tolist() == sent
+        assert row.result == pytest.approx(expected, rel=1e-5)
+
+
+def test_five_thousand_answers_of_two_processes_are_five_thousand_rows(server: PhoenixServer) -> None:
+    """The log is only worth something when it is exactly what was answered, no row more and none less."""
+    traffic = Traffic(server.url, make_body)
+
+    traffic.ask(5000, clients=16)
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert (traffic.refusals, traffic.broken) == ([], 0)
+    assert len(rows) == len(traffic.answers) == 5000
+    assert_exactly_once(traffic, rows)
+    assert {row.model_version for row in rows} == {"1.0.0", "1.1.0"}
+
+
+def test_metrics_count_the_requests_of_all_processes(server: PhoenixServer) -> None:
+    """A scrape reaches one of the processes; it must tell the sum of them all."""
+    traffic = Traffic(server.url, make_body)
+
+    traffic.ask(400, clients=8)
+
+    text = httpx.get(f"{server.url}/metrics").text
+    counted = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("phoenix_requests_total{") and 'code="200"' in line
+    ]
+    assert sum(counted) == 400
+
+
+def test_killed_api_process_loses_no_answer(server: PhoenixServer) -> None:
+    """The journal is written before the answer, so kill -9 can only take what nobody was told."""
+    traffic = Traffic(server.url, make_body)
+
+    with traffic.flowing(clients=8):
+        traffic.await_answers(300)
+        killed = server.kill_child("api-0")
+        server.wait_for_child("api-0", after=killed)
+        traffic.await_answers(300)
+        killed = server.kill_child("api-1")
+        server.wait_for_child("api-1", after=killed)
+        traffic.await_answers(300)
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert traffic.refusals == []
+    assert_exactly_once(traffic, rows)
+    assert 'phoenix_process_restarts_total{slot="api-0"} 1' in httpx.get(f"{server.url}/metrics").text
+
+
+def test_killed_background_process_loses_no_answer_and_doubles_none(server: PhoenixServer) -> None:
+    """It reads the journals again from the start, and ids are keys: what it had written stays single."""
+    traffic = Traffic(server.url, make_body)
+
+    with traffic.flowing(clients=8):
+        for _ in range(3):
+            traffic.await_answers(300)
+            killed = server.kill_child("background")
+            server.wait_for_child("background", after=killed)
+        traffic.await_answers(300)
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert (traffic.refusals, traffic.broken) == ([], 0)
+    assert_exactly_once(traffic, rows)
+
+
+def test_everything_killed_at_once_loses_no_answer(server: PhoenixServer) -> None:
+    """The next start finds the journals of the dead and logs them."""
+    traffic = Traffic(server.url, make_body)
+    with traffic.flowing(clients=8):
+        traffic.await_answers(500)
+        server.kill()
+
+    server.start()
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert_exactly_once(traffic, rows)
+
+
+def test_stop_under_load_answers_what_it_accepted_and_logs_it(server: PhoenixServer) -> None:
+    """A rolling deployment sends SIGTERM to a busy server: it must end by itself, clean, with nothing owed."""
+    traffic = Traffic(server.url, make_body)
+
+    with traffic.flowing(clients=8):
+        traffic.await_answers(300)
+        exit_code = server.stop()
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert exit_code == 0
+    assert traffic.refusals == []
+    assert_exactly_once(traffic, rows)
+    assert list(server.settings.journal_folder.glob("*/*.segment")) == []
+
+
+def test_processes_end_when_their_supervisor_is_killed(server: PhoenixServer) -> None:
+    """Orphans would keep the port and the journals, and the next start would fail."""
+    pids = server.pids().values()
+
+    server.kill_supervisor()
+
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "no process is left")
+    server.start()
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+def test_routing_change_reaches_every_process_within_a_second_and_fails_no_request(
+    server: PhoenixServer,
+) -> None:
+    """Traffic is shifted while it flows; a rollback that takes long, or drops requests, is none."""
+    traffic = Traffic(server.url, make_body)
+
+    with traffic.flowing(clients=4):
+        traffic.await_answers(200)
+        with server.opened() as phoenix:
+            phoenix.registry.set_routing(MODEL, Routing(Strategy.SINGLE, (Arm("1.1.0"),)), "test")
+        changed_at_ms = time.time() * 1000
+        traffic.await_answers(1000)
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    # Poll interval 0.1 s; the second is the promise, measured on the rows' own clock.
+    late = [row for row in rows if row.created_at_ms > changed_at_ms + 1000 and row.model_version == "1.0.0"]
+    assert late == []
+    assert (traffic.refusals, traffic.broken) == ([], 0)
+    assert any(row.created_at_ms > changed_at_ms and row.model_version == "1.1.0" for row in rows)
+
+
+def test_outcomes_attach_whether_they_come_before_or_after_the_row(server: PhoenixServer) -> None:
+    """Feedback travels the same road as predictions, in another journal: their order is not given."""
+    traffic = Traffic(server.url, make_body)
+    background = server.pids()["background"]
+    server.kill_child("background", signal.SIGSTOP)
+    traffic.ask(20, clients=2)
+    feedback = [{"prediction_id": prediction_id, "outcome": 1} for prediction_id in traffic.answers]
+
+    response = httpx.post(f"{server.url}/feedback", json=feedback)
+    server.kill_child("background", signal.SIGCONT)
+
+    assert (response.status_code, response.json()) == (202, {"accepted": 20})
+    assert server.pids()["background"] == background
+    with server.opened() as phoenix:
+        await_logged(phoenix, MODEL, set(traffic.answers))
+        wait_until(lambda: phoenix.prediction_log.unmatched_outcomes(1)[0] == 0, 30, "all are matched")
+        assert {phoenix.prediction_log.get(prediction_id).outcome for prediction_id in traffic.answers} == {1}
