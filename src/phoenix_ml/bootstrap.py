@@ -2,8 +2,11 @@
 imported only where they are chosen.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phoenix_ml.application.ports import (
     ArtifactStore,
@@ -17,8 +20,10 @@ from phoenix_ml.application.ports import (
 from phoenix_ml.application.predict import Predict
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.domain.errors import Misconfigured
-from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.settings import Settings
+
+if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml --help` need not wait for
+    from phoenix_ml.infrastructure.sql.database import Database
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Phoenix:
 
 def bootstrap(settings: Settings) -> Phoenix:
     """The application. Opens no connection yet. Raises Misconfigured, saying which setting to change."""
+    from phoenix_ml.infrastructure.sql.database import Database
     from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 

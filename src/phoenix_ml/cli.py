@@ -29,6 +29,8 @@ T = TypeVar("T")
 _COMMAND_DEADLINE_MS = 5000.0
 
 err = Console(stderr=True)
+STAGES = [stage.value for stage in Stage]
+STRATEGIES = [strategy.value for strategy in Strategy if strategy is not Strategy.PINNED]
 
 
 class PhoenixGroup(click.Group):
@@ -135,10 +137,13 @@ def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) ->
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs
     from phoenix_ml.processes.background import stop_on_signals
     from phoenix_ml.processes.background import work as run
+    from phoenix_ml.processes.supervisor import check_address
 
     with opened(data) as phoenix:
         settings = phoenix.settings
         configure_logs(settings.log_level, settings.log_format, "+".join(roles))
+        if metrics_port is not None:
+            check_address(settings)
         with export_metrics(settings.metrics_folder, settings.host, metrics_port):
             run(phoenix, "work-log", stop_on_signals())
 
@@ -189,7 +194,7 @@ def models() -> None:
 @click.argument("artifact", metavar="PATH", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--id", "model_id", required=True, help="The model's name.")
 @click.option("--version", required=True, help="Semantic version, such as 1.0.0.")
-@click.option("--stage", type=click.Choice(list(Stage)), default="dev", show_default=True)
+@click.option("--stage", type=click.Choice(STAGES), default="dev", show_default=True)
 @click.option(
     "--features", type=click.Path(exists=True, path_type=Path), help="Feature contract, a JSON file."
 )
@@ -328,7 +333,7 @@ def models_show(model_id: str, version: str | None, baseline: bool, data: Path |
 @models.command("stage")
 @click.argument("model_id")
 @click.argument("version")
-@click.argument("stage", type=click.Choice(list(Stage)))
+@click.argument("stage", type=click.Choice(STAGES))
 @data_option
 @json_option
 @example("phoenix-ml models stage credit-risk 1.1.0 prod")
@@ -367,7 +372,7 @@ def models_deactivate(model_id: str, version: str, data: Path | None, as_json: b
 @click.argument("arms", nargs=-1, metavar="[VERSION[=WEIGHT]]...")
 @click.option(
     "--strategy",
-    type=click.Choice([s for s in Strategy if s is not Strategy.PINNED]),
+    type=click.Choice(STRATEGIES),
     help="Default: ab_test.",
 )
 @click.option("--salt", default="", help="Separates this experiment's assignment from others.")
@@ -456,7 +461,7 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
 
     store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
     try:
-        with open_table(file) as table, Progress(console=err) as bar:
+        with open_table(file, text_columns=[entity]) as table, Progress(console=err) as bar:
             if entity not in table.names:
                 raise InvalidField(
                     f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
@@ -650,7 +655,8 @@ def predictions_list(
             outcome,
             item["prediction_id"],
         )
-    Console().print(table)
+    # Wide enough for the ids, which are there to be copied: a terminal folds lines, rich cuts cells.
+    Console(width=max(Console().width, 150)).print(table)
     if next_cursor:
         click.echo(f"more: --cursor {next_cursor}")
 

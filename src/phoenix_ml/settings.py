@@ -26,7 +26,8 @@ class Settings(BaseSettings):
     data: Path = Field(Path("phoenix-data"), description="Folder of all that is stored locally.")
     database: str = Field("", description="`sqlite:///FILE` or `postgresql://…`; empty is `DATA/phoenix.db`.")
     features: str = Field(
-        "sqlite:", description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE` or `redis://…`."
+        "sqlite:",
+        description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE`, `redis://…` or `rediss://…`.",
     )
     events: str = Field("local:", description="The road from the journal to the log: `local:`.")
     artifacts: str = Field(

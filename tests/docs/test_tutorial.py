@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,6 @@ _LOG_DEADLINE_S = 10.0
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(shutil.which("curl") is None, reason="the tutorial asks with curl"),
 ]
 
 

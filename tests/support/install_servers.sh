@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the servers that the tests talk to: Redis and PostgreSQL, from Debian's or Ubuntu's packages.
+# Installs the servers that the tests talk to, Redis and PostgreSQL, and the curl that the tutorial types,
+# from Debian's or Ubuntu's packages.
 # Does nothing where they are. Nothing is left running: tests start servers of their own.
 set -euo pipefail
 
@@ -7,6 +8,7 @@ missing=()
 command -v redis-server >/dev/null || missing+=(redis-server)
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null ||
   missing+=(postgresql)
+command -v curl >/dev/null || missing+=(curl)
 if ((${#missing[@]} == 0)); then
   exit 0
 fi
@@ -35,5 +37,7 @@ fi
 
 # They were not here before, so nobody waits for them at the next boot.
 if [[ -d /run/systemd/system ]]; then
-  "${as_root[@]}" systemctl disable --quiet "${missing[@]}"
+  for package in "${missing[@]}"; do
+    [[ $package == curl ]] || "${as_root[@]}" systemctl disable --quiet "$package"
+  done
 fi

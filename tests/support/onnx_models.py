@@ -109,7 +109,7 @@ def zipmap_classifier(labels: Sequence[str] | Sequence[int] = ("no", "yes"), *, 
     """
     count = len(labels)
     of_strings = isinstance(labels[0], str)
-    named = {"classlabels_strings" if of_strings else "classlabels_ints": list(labels)}
+    named: dict[str, Any] = {"classlabels_strings" if of_strings else "classlabels_ints": list(labels)}
     classifier = helper.make_node(
         "LinearClassifier",
         ["x"],
@@ -125,7 +125,7 @@ def zipmap_classifier(labels: Sequence[str] | Sequence[int] = ("no", "yes"), *, 
     inputs = [_value("x", FLOAT, ("n", count))]
     if not zipmap:
         return _model([classifier], inputs, [*outputs, _value("output_probability", FLOAT, ("n", count))])
-    mapped = {"classlabels_strings" if of_strings else "classlabels_int64s": list(labels)}
+    mapped: dict[str, Any] = {"classlabels_strings" if of_strings else "classlabels_int64s": list(labels)}
     node = helper.make_node("ZipMap", ["scores"], ["output_probability"], domain=ML, **mapped)
     value = helper.make_tensor_type_proto(FLOAT, [])
     map_type = helper.make_map_type_proto(STRING if of_strings else INT64, value)
@@ -306,7 +306,7 @@ def external_data(location: str = "weights.bin") -> bytes:
     """The weights of ``y = x + w`` lie in the file ``location``."""
     model = _parsed(_x_plus_w())
     model.graph.initializer.append(_external_tensor("w", location))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def external_data_in_subgraph(location: str = "weights.bin") -> bytes:
@@ -335,7 +335,7 @@ def external_data_in_sparse_tensor(location: str = "weights.bin") -> bytes:
     model.graph.sparse_initializer.append(
         helper.make_sparse_tensor(_external_tensor("w", location), indices, [2])
     )
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def external_data_in_function(location: str = "weights.bin") -> bytes:
@@ -361,7 +361,7 @@ def _with_function(nodes: list[onnx.NodeProto], defaults: list[onnx.AttributePro
     model = _parsed(_x_to_y([helper.make_node("Shift", ["x"], ["y"], domain="tests")]))
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("tests", 1))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _x_plus_w() -> bytes:
@@ -419,4 +419,4 @@ def _model(
     model = helper.make_model(
         graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="phoenix tests"
     )
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())

@@ -40,7 +40,7 @@ def stock(server: PhoenixServer) -> None:
     folder.mkdir(exist_ok=True)
     for version, bias, active in (("1.0.0", 0.0, True), ("1.1.0", 1000.0, True), ("2.0.0", 2000.0, False)):
         # One model a test module, so that modules that change routings do not meet; `abc` stays as it is.
-        for model_id in ("abc", "routed", "managed"):
+        for model_id in ("abc", "routed", "managed", "fuzzed"):
             artifact = linear(folder / f"abc-{version}.onnx", [1, 2, 3], bias)
             server.register(artifact, model_id, version, activate=active, contract=ABC)
     artifact = linear(folder / "people.onnx", [1, 10, 0, 100, 1000])

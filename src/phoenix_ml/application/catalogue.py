@@ -9,7 +9,7 @@ from msgspec import UnsetType
 
 from phoenix_ml.application.ports import ArtifactStore, Engines, ModelHints, Registry
 from phoenix_ml.application.statistics.baseline import describe_reference
-from phoenix_ml.domain.errors import InferenceFailed, ModelRefused, NotFound, VersionConflict
+from phoenix_ml.domain.errors import FeatureInvalid, InferenceFailed, ModelRefused, NotFound, VersionConflict
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
@@ -46,7 +46,8 @@ def register(
 ) -> ModelVersion:
     """The registered version: its artifact stored, loaded and run once on sample rows.
 
-    The same version with the same bytes is a no-op. Raises VersionConflict for other bytes, and
+    The same version with the same bytes is a no-op. Raises VersionConflict for other bytes, or for
+    another feature contract, and
     ModelRefused with the runtime's own words for what will not run; then nothing is left behind.
     """
     check_model_id(registration.id)
@@ -56,6 +57,7 @@ def register(
         existing = _find(registry, registration)
         if existing is not None:
             if existing.sha256 == stored.sha256:
+                _check_same_contract(existing, registration)
                 return existing
             raise VersionConflict(
                 f"{registration.id} {registration.version} is already registered with other bytes "
@@ -90,6 +92,16 @@ def register(
             artifacts.remove(stored.uri)
         raise
     return version
+
+
+def _check_same_contract(existing: ModelVersion, registration: Registration) -> None:
+    """Raises VersionConflict when the registration says other things of the features than the version has."""
+    given = registration.features
+    if given and FeatureContract.check(existing.metadata.columns, given) != existing.metadata.contract:
+        raise VersionConflict(
+            f"{existing.model_id} {existing.version} is already registered with another feature contract: "
+            "versions are immutable, register a new one"
+        )
 
 
 def _find(registry: Registry, registration: Registration) -> ModelVersion | None:
@@ -130,10 +142,14 @@ def _try_out(
     else:
         given = [[_plain(metadata.contract[name]) for name in contract.names]] * _SAMPLE_ROWS
     samples = [_fill(contract, row) for row in given]
-    values = [contract.resolve(None, sample, 0)[0] for sample in samples]
     try:
-        outputs = engine.run(Rows(values, [row_format.pack(row) for row in values]))
-        engine.run(Rows(values[:1], [row_format.pack(values[0])]))
+        values = [contract.resolve(None, sample, 0)[0] for sample in samples]
+        packed = [row_format.pack(row) for row in values]
+    except FeatureInvalid as exc:
+        raise ModelRefused(f"a row of the reference does not fit: {exc.message}", **exc.details) from exc
+    try:
+        outputs = engine.run(Rows(values, packed))
+        engine.run(Rows(values[:1], packed[:1]))
     except InferenceFailed as exc:
         advice = (
             "" if reference is not None else "; give --reference with real rows if zeros are no fair test"

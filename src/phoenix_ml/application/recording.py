@@ -12,16 +12,20 @@ from phoenix_ml.application.ports import (
     RecordedEvent,
     UnreadableEvent,
 )
+from phoenix_ml.domain.events import PredictionMade
 
 log = logging.getLogger(__name__)
 
 
 class Recorded(Struct, frozen=True):
-    """What one step moved: events read, rows that were new, events that went to the dead letters."""
+    """What one step moved: events read, rows that were new, events that went to the dead letters, and when
+    the oldest prediction among them was made (None without any).
+    """
 
     read: int = 0
     new_rows: int = 0
     dead: int = 0
+    oldest_at_ms: int | None = None
 
 
 def record_events(
@@ -52,7 +56,9 @@ def record_events(
         source.rewind()
         raise
     source.commit()
-    return Recorded(len(batch), new_rows, len(unreadable) + len(rejected))
+    made_at_ms = [item.event.created_at_ms for item in events if isinstance(item.event, PredictionMade)]
+    dead = len(unreadable) + len(rejected)
+    return Recorded(len(batch), new_rows, dead, min(made_at_ms, default=None))
 
 
 def _store(

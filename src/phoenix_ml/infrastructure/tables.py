@@ -1,6 +1,6 @@
 """Tables that people have at hand, CSV and Parquet, read in batches of any file size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,11 @@ class Table:
 
 
 @contextmanager
-def open_table(path: Path) -> Iterator[Table]:
-    """The table in a ``.csv`` or ``.parquet`` file. Raises InvalidField for what is neither."""
+def open_table(path: Path, *, text_columns: Sequence[str] = ()) -> Iterator[Table]:
+    """The table in a ``.csv`` or ``.parquet`` file. Raises InvalidField for what is neither.
+
+    ``text_columns`` of a CSV file are read as they stand there: ids such as 007 are no numbers.
+    """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
@@ -33,7 +36,11 @@ def open_table(path: Path) -> Iterator[Table]:
         elif path.suffix == ".csv":
             size = path.stat().st_size
             # Empty fields of text columns are missing too: a CSV file has no other way to say it.
-            convert = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
+            convert = csv.ConvertOptions(
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+                column_types=dict.fromkeys(text_columns, pa.string()),
+            )
             with path.open("rb") as raw, csv.open_csv(raw, convert_options=convert) as reader:
                 yield Table(tuple(reader.schema.names), _csv_batches(reader, raw, size))
         else:

@@ -8,12 +8,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from phoenix_ml.application.recording import record_events
 from phoenix_ml.bootstrap import Phoenix, bootstrap
-from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured
+from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured, PhoenixError
 from phoenix_ml.infrastructure.events.local import DeadLetters, LocalEvents
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
@@ -58,6 +58,7 @@ class LogRole:
                 backoff_s = _IDLE_S
             except DatabaseUnavailable as exc:
                 self._failures.add()
+                self._lag.set(self._events.reader.oldest_pending_s)
                 log.warning("the log waits: %s", exc.message)
                 if was_stopping:
                     return
@@ -76,6 +77,7 @@ class LogRole:
         self._dead_total.add(moved.dead)
         now = time.time()
         self._heartbeat.set(now)
+        self._lag.set(0.0 if moved.oldest_at_ms is None else max(0.0, now - moved.oldest_at_ms / 1000))
         if now - self._gauges_at > _GAUGES_EVERY_S:
             self._gauges_at = now
             self._set_gauges(now)
@@ -85,7 +87,6 @@ class LogRole:
         reader = self._events.reader
         pending_bytes = reader.pending_bytes
         self._pending.set(pending_bytes)
-        self._lag.set(reader.oldest_pending_s if pending_bytes else 0.0)
         damage = reader.corrupt_regions + reader.torn_tails
         self._damage.add(max(0, damage - self._damage_seen))
         self._damage_seen = damage
@@ -113,13 +114,16 @@ def sole_log_worker(phoenix: Phoenix) -> Iterator[None]:
         yield
 
 
-def work(phoenix: Phoenix, slot: str, stopping: threading.Event) -> None:
+def work(
+    phoenix: Phoenix, slot: str, stopping: threading.Event, on_ready: Callable[[], None] = lambda: None
+) -> None:
     """Runs the log role; returns when ``stopping`` is set and all that can be logged is."""
     with (
         sole_log_worker(phoenix),
         MetricsWriter(phoenix.settings.metrics_folder / f"{slot}.mmap") as metrics,
     ):
         role = LogRole(phoenix, metrics)
+        on_ready()
         try:
             role.run(stopping)
         finally:
@@ -148,9 +152,16 @@ def main() -> None:
         stopping.set()
 
     threading.Thread(target=watch_supervisor, daemon=True).start()
-    os.write(ready_fd, b"+")
-    os.close(ready_fd)
-    work(bootstrap(settings), slot, stopping)
+
+    def ready() -> None:
+        os.write(ready_fd, b"+")
+        os.close(ready_fd)
+
+    try:
+        work(bootstrap(settings), slot, stopping, ready)
+    except PhoenixError as exc:
+        log.critical("%s", exc.message)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

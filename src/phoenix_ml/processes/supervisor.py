@@ -22,6 +22,7 @@ from phoenix_ml.settings import Settings
 log = logging.getLogger(__name__)
 _SHORT_LIFE_S = 10.0
 _SHORT_LIVES = 5
+_LONGEST_PAUSE_S = 5.0
 _LOG_STOP_S = 30.0
 
 
@@ -79,7 +80,9 @@ class Child:
         now = time.monotonic()
         self._short_lives = self._short_lives + 1 if now - self._started_at < _SHORT_LIFE_S else 0
         self._process = None
-        self.restart_at = now + (0.1 * 2**self._short_lives if self._short_lives > 1 else 0.0)
+        self.restart_at = now + (
+            min(_LONGEST_PAUSE_S, 0.1 * 2**self._short_lives) if self._short_lives > 1 else 0.0
+        )
         return self._short_lives < _SHORT_LIVES or self.is_ready
 
 

@@ -1,5 +1,6 @@
 """One API process's ASGI application: the loaded calls first, everything else to FastAPI."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,7 +30,7 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequest
 from phoenix_ml.infrastructure.http.bodies import Receive
-from phoenix_ml.infrastructure.http.calls import PredictionCalls, Send
+from phoenix_ml.infrastructure.http.calls import DEFECT, PredictionCalls, Send
 from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
 from phoenix_ml.infrastructure.http.features import feature_routes
@@ -61,7 +62,9 @@ def build_app(
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in calls.by_path:
             await calls(scope, receive, send)
         else:
-            await explored(scope, receive, send)  # type: ignore[arg-type]
+            # What fails there is answered and logged by our handler; Starlette raises it again all the same.
+            with contextlib.suppress(Exception):
+                await explored(scope, receive, send)  # type: ignore[arg-type]
 
     return app
 
@@ -92,6 +95,7 @@ def explored_app(
     async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("x-request-id", "")
         request_id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else new_id()
+        request.state.request_id = request_id
         token = request_id_var.set(request_id)
         started = time.perf_counter()
         try:
@@ -213,9 +217,13 @@ def _map_errors(app: FastAPI) -> None:
         return respond(MalformedBody(str(exc.detail)))
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, exc: Exception) -> Response:
-        log.error("internal_error: %s", exc, exc_info=exc)
-        return respond(InternalError("a defect on our side; it is logged"))
+    async def unknown(request: Request, exc: Exception) -> Response:
+        request_id = getattr(request.state, "request_id", "")
+        where = f"{request.method} {request.url.path}"
+        log.error("%s failed: %s", where, exc, exc_info=exc, extra={"request_id": request_id})
+        response = Response(encode_error(InternalError(DEFECT)), 500, media_type="application/json")
+        response.headers["x-request-id"] = request_id
+        return response
 
 
 def _models_state(live: LiveModels) -> str:

@@ -26,6 +26,7 @@ from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
 from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
 
 log = logging.getLogger(__name__)
+DEFECT = "a defect on our side; it is logged"
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Answer = tuple[int, bytes, list[tuple[bytes, bytes]]]
 
@@ -111,7 +112,7 @@ class PredictionCalls:
 
     def _refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
         """The answer to a request that failed; a defect of ours is logged, not shown."""
-        error = exc if isinstance(exc, PhoenixError) else InternalError("a defect on our side; it is logged")
+        error = exc if isinstance(exc, PhoenixError) else InternalError(DEFECT)
         status = status_of(error)
         if status >= 500:
             log.error(

@@ -99,12 +99,20 @@ class Database:
         """The schema revision, after all missing migrations have run; one process at a time runs them."""
         from alembic import command
         from alembic.config import Config
+        from alembic.util.exc import CommandError
 
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         config.attributes["database"] = self
-        with self._guard(), self._migration_lock():
-            command.upgrade(config, "head")
+        try:
+            with self._guard(), self._migration_lock():
+                command.upgrade(config, "head")
+        except CommandError as exc:
+            raise DatabaseUnavailable(
+                f"{self.name} cannot be brought to schema {HEAD_REVISION}; a newer version of Phoenix may have "
+                f"made it: {exc}",
+                database=self.name,
+            ) from exc
         return HEAD_REVISION
 
     def upgrade_if_embedded(self) -> None:
@@ -123,7 +131,13 @@ class Database:
     @contextmanager
     def _migration_lock(self) -> Iterator[None]:
         if self._path is not None:
-            with Path(f"{self._path}.migrating").open("w") as file:
+            try:
+                file = Path(f"{self._path}.migrating").open("w")
+            except OSError as exc:
+                raise DatabaseUnavailable(
+                    f"the database {self.name} cannot be migrated: {exc}", database=self.name
+                ) from exc
+            with file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
         else:

@@ -53,7 +53,7 @@ JOURNAL_DROPPED = Counter(
 JOURNAL_PENDING_BYTES = Gauge("phoenix_journal_pending_bytes", "Journal bytes that are not in the log yet.")
 JOURNAL_LAG_SECONDS = Gauge(
     "phoenix_journal_lag_seconds",
-    "Age of the oldest event that waits to be logged; 0 when none does.",
+    "How old the oldest prediction was when it was logged last; while the database is down, the age of the oldest journal segment.",
     (),
     "max",
 )

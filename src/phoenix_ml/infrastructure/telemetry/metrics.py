@@ -289,9 +289,14 @@ class MetricsWriter:
 
 
 def clear(folder: Path) -> None:
-    """Forgets all values. For the supervisor, before it starts the first process."""
+    """Forgets the values of processes that have ended. For the supervisor, before it starts the first one."""
     for path in folder.glob("*.mmap"):
-        path.unlink(missing_ok=True)
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # a process that somebody else runs, such as `phoenix-ml work log`
+                continue
+            path.unlink(missing_ok=True)
 
 
 def negotiate(accept: str) -> tuple[bool, str]:
