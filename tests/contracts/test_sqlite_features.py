@@ -26,6 +26,9 @@ print("ready", flush=True)
 sys.stdin.readline()
 
 async def main():
+    for n in range(20):
+        # Each file is created by whichever process comes to it first.
+        await SqliteFeatures(path.with_name(f"{n}.db")).close()
     store = SqliteFeatures(path)
     for n in range(20):
         await store.write({"shared": {f"f{number}_{n}": n}}, 1_000)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -129,13 +130,14 @@ def settle(server: PhoenixServer, strategy: str) -> None:
     following: set[str] = set()
 
     def all_follow() -> bool:
-        answer = ok(ask_anew(server))
-        row = logged_route(server, answer["prediction_id"])
-        if row["strategy"] == strategy:
-            following.add(process_of(answer["prediction_id"]))
+        # Several at once, else one process may take them all while the other sleeps.
+        for answer in pool.map(lambda _: ok(ask_anew(server)), range(4)):
+            if logged_route(server, answer["prediction_id"])["strategy"] == strategy:
+                following.add(process_of(answer["prediction_id"]))
         return len(following) == 2
 
-    wait_until(all_follow, 15, "both processes follow the routing")
+    with ThreadPoolExecutor(4) as pool:
+        wait_until(all_follow, 15, "both processes follow the routing")
 
 
 def logged_route(server: PhoenixServer, prediction_id: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def register(
             existing = _find(registry, registration)
             if existing is None or existing.sha256 != stored.sha256:
                 raise
+            _check_same_contract(existing, registration)
             return existing
     except BaseException:
         # Another version with the same bytes may have come meanwhile.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from phoenix_ml.infrastructure.tables import open_table, read_columns
 from phoenix_ml.settings import load_settings
 
 _MARKER = "made-by-phoenix-demo"
-_CLIENTS = 8
+_CLIENTS = 4
 _START_DEADLINE_S = 60.0
 _LOG_DEADLINE_S = 30.0
 
@@ -252,15 +253,23 @@ def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[L
 
 def _point_on(console: Console, url: str, data: Path, row: LoggedPrediction) -> None:
     console.print("\n[bold]Where to look next[/]")
+    phoenix_ml = _typed_command()
     for command in (
         f"open {url}/docs",
         f"curl {url}/metrics",
-        f"phoenix-ml predict {MODEL_NAME} --entity cust_0042 --url {url}",
-        f"phoenix-ml predictions show {row.id} --data {data}",
-        f"phoenix-ml models list --data {data}",
-        f"phoenix-ml models routing {MODEL_NAME} 1.0.0=90 1.1.0=10 --strategy canary --data {data}",
+        f"{phoenix_ml} predict {MODEL_NAME} --entity cust_0042 --url {url}",
+        f"{phoenix_ml} predictions show {row.id} --data {data}",
+        f"{phoenix_ml} models list --data {data}",
+        f"{phoenix_ml} models routing {MODEL_NAME} 1.0.0=90 1.1.0=10 --strategy canary --data {data}",
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def _typed_command() -> str:
+    """How a person types our command here: `make demo` does not put its virtual environment on the PATH."""
+    if shutil.which("phoenix-ml"):
+        return "phoenix-ml"
+    return os.path.relpath(Path(sys.executable).with_name("phoenix-ml"))
 
 
 def _wait_for_interrupt() -> None:

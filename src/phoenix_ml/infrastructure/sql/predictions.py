@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any
 from uuid import UUID
 
@@ -147,10 +146,10 @@ class SqlPredictionLog:
             "id": event.id,
             "model_id": event.model_id,
             "model_version": event.model_version,
-            "features": {n: _readable(v) for n, v in zip(row_format.names, values, strict=True)},
-            "result": _readable(event.result),
+            "features": dict(zip(row_format.names, values, strict=True)),
+            "result": event.result,
             "confidence": event.confidence,
-            "probabilities": _readable(event.probabilities),
+            "probabilities": event.probabilities,
             "latency_ms": event.latency_ms,
             "created_at": event.created_at_ms,
             "entity_id": event.entity_id,
@@ -168,15 +167,6 @@ class SqlPredictionLog:
             "batch_position": event.batch_position,
             "inputs": event.inputs,
         }
-
-
-def _readable(value: Any) -> Any:
-    """The value as JSON can hold it: numbers that are not finite become null."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, list):
-        return [_readable(item) for item in value]
-    return value
 
 
 def _outcome_row(event: OutcomeReported) -> dict[str, Any]:
