@@ -97,6 +97,11 @@ def show_json(content: Any) -> None:
     click.echo(json.dumps(msgspec.to_builtins(content), indent=2, ensure_ascii=False))
 
 
+def print_wide(table: Table) -> None:
+    """Prints a table whose cells are there to be copied: a terminal folds lines, rich would cut cells."""
+    Console(width=max(Console().width, 150)).print(table)
+
+
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
@@ -305,7 +310,7 @@ def models_list(data: Path | None, as_json: bool) -> None:
             version.metadata.task,
             iso_time(version.created_at_ms),
         )
-    Console().print(table)
+    print_wide(table)
 
 
 @models.command("show")
@@ -655,8 +660,7 @@ def predictions_list(
             outcome,
             item["prediction_id"],
         )
-    # Wide enough for the ids, which are there to be copied: a terminal folds lines, rich cuts cells.
-    Console(width=max(Console().width, 150)).print(table)
+    print_wide(table)
     if next_cursor:
         click.echo(f"more: --cursor {next_cursor}")
 

@@ -1,10 +1,13 @@
 """The SQLite adapter under several processes, and with files that are no feature store."""
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -26,9 +29,6 @@ print("ready", flush=True)
 sys.stdin.readline()
 
 async def main():
-    for n in range(20):
-        # Each file is created by whichever process comes to it first.
-        await SqliteFeatures(path.with_name(f"{n}.db")).close()
     store = SqliteFeatures(path)
     for n in range(20):
         await store.write({"shared": {f"f{number}_{n}": n}}, 1_000)
@@ -85,6 +85,21 @@ async def test_processes_may_create_and_write_one_file_at_once(path: Path) -> No
     await store.close()
     assert stored is not None
     assert stored.values == {f"f{number}_{n}": n for number in range(PROCESSES) for n in range(20)}
+
+
+def test_a_file_may_be_created_by_many_at_the_same_moment(tmp_path: Path) -> None:
+    """SQLite does not wait for locks while a file becomes a WAL database: without patience 1 start in 100 fails."""
+    together = Barrier(PROCESSES)
+
+    def create_files() -> None:
+        for n in range(150):
+            together.wait(30)
+            store = SqliteFeatures(tmp_path / f"{n}.db")
+            asyncio.run(store.close())
+
+    with ThreadPoolExecutor(PROCESSES) as threads:
+        for creation in [threads.submit(create_files) for _ in range(PROCESSES)]:
+            creation.result()
 
 
 async def test_reads_go_on_while_another_process_writes(store: SqliteFeatures, path: Path) -> None:

@@ -48,7 +48,7 @@ def test_health_is_live_and_ready_and_names_each_dependency(http: Lane) -> None:
     assert ok(http.request("GET", "/health/live")) == {"status": "ok"}
     ready = ok(http.request("GET", "/health/ready"))
     assert ready["status"] == "ok"
-    assert ready["checks"] == {"models": "ok", "journal": "ok", "features": "ok", "database": "ok"}
+    assert ready["checks"] == {"models": "ok", "journal": "ok", "features": "ok", "database": "ok", "log": "ok"}
     assert ready["models_failed"] == {}
 
 

@@ -43,6 +43,7 @@ class LogRole:
         self._pending = metrics.gauge(catalogue.JOURNAL_PENDING_BYTES)
         self._lag = metrics.gauge(catalogue.JOURNAL_LAG_SECONDS)
         self._heartbeat = metrics.gauge(catalogue.LOG_HEARTBEAT)
+        self._heartbeat.set(time.time())
         self._unmatched = metrics.gauge(catalogue.OUTCOMES_UNMATCHED)
         self._gauges_at = self._unmatched_at = 0.0
 

@@ -54,12 +54,15 @@ class OnnxEngines:
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
     def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
-        labels_in_graph = _check_graph(artifact)
-        session = self._session(artifact)
-        signature = Signature(
-            tuple(_spec(node) for node in session.get_inputs()),
-            tuple(_spec(node) for node in session.get_outputs()),
-        )
+        try:
+            labels_in_graph = _check_graph(artifact)
+            session = self._session(artifact)
+            signature = Signature(
+                tuple(_spec(node) for node in session.get_inputs()),
+                tuple(_spec(node) for node in session.get_outputs()),
+            )
+        except UnicodeDecodeError as exc:
+            raise ModelRefused(f"a name in the model is not text: {exc}", framework="onnx") from exc
         width = sum(signature.widths)
         if not width:
             raise ModelRefused("the model takes no inputs: its answer would never depend on a feature")
@@ -90,7 +93,10 @@ class OnnxEngines:
     def _session(self, artifact: Path) -> ort.InferenceSession:
         try:
             return ort.InferenceSession(
-                str(artifact), sess_options=self._options, providers=["CPUExecutionProvider"]
+                str(artifact),
+                sess_options=self._options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # which would print to standard output and try the same again
             )
         except _RUNTIME_ERRORS as exc:
             raise ModelRefused(

@@ -37,11 +37,13 @@ from phoenix_ml.infrastructure.http.features import feature_routes
 from phoenix_ml.infrastructure.http.models import model_routes
 from phoenix_ml.infrastructure.http.records import record_routes
 from phoenix_ml.infrastructure.http.routes import answer, describe_body
-from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
+from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT
 from phoenix_ml.infrastructure.telemetry.logs import request_id_var
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
 
 log = logging.getLogger(__name__)
+# The log role takes a step at least every 50 ms, and waits 5 s at most while the database is down.
+_LOG_SILENT_S = 15.0
 Asgi = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 
 _DESCRIPTION = """Answers predictions, records every one of them, and manages the models behind them.
@@ -134,6 +136,7 @@ def explored_app(
             "journal": journal_is_writable(),
             "features": await _features_state(features),
             "database": await run_in_threadpool(_database_state, phoenix),
+            "log": _log_state(phoenix),
         }
         able = live.is_ready and checks["journal"] == "ok"
         status = "unavailable" if not able else "ok" if set(checks.values()) == {"ok"} else "degraded"
@@ -239,6 +242,13 @@ async def _features_state(features: FeatureStore) -> str:
     except FeatureStoreUnavailable as exc:
         return exc.message
     return "ok"
+
+
+def _log_state(phoenix: Phoenix) -> str:
+    """Whether the log role, another process, has completed a step lately; its heartbeat is a metric."""
+    shown = render(phoenix.settings.metrics_folder, (LOG_HEARTBEAT,))
+    silent_s = time.time() - float(shown.rsplit(b" ", 1)[1])
+    return "ok" if silent_s < _LOG_SILENT_S else "predictions wait in the journal: no log role writes them"
 
 
 def _database_state(phoenix: Phoenix) -> str:
