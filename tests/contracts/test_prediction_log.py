@@ -350,7 +350,7 @@ def test_seq_follows_the_order_of_commits_under_two_writers(url: str, database: 
         def follow() -> None:
             barrier.wait()
             last = 0
-            while not (finished := done.is_set()) or not finished:
+            while not done.is_set():
                 with third.read() as connection:
                     rows = connection.execute(text("SELECT seq FROM prediction_logs ORDER BY seq"))
                     found = [int(seq) for (seq,) in rows]

@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 import zoo
-from lanes import ServerLane, eventually, logged, ok, refused, store_features
+from lanes import ServerLane, ask_anew, eventually, logged, ok, refused, store_features
 from phoenix_server import PhoenixServer
 from proxy import FaultProxy
 from servers import wait_until
+
+from phoenix_ml.infrastructure.sql.database import Database
 
 pytestmark = pytest.mark.system
 
@@ -26,7 +28,7 @@ def with_model(server: PhoenixServer, tmp_path: Path) -> PhoenixServer:
     return server
 
 
-def test_while_redis_is_down_the_features_of_requests_serve(redis_url: str, tmp_path: Path) -> None:
+def test_while_redis_is_down_or_late_the_features_of_requests_serve(redis_url: str, tmp_path: Path) -> None:
     """A store that is down is no reason to refuse those who bring their features along."""
     with FaultProxy.in_front_of(redis_url) as redis:
         settings: dict[str, Any] = {
@@ -42,11 +44,6 @@ def test_while_redis_is_down_the_features_of_requests_serve(redis_url: str, tmp_
             refusal = lane.request("POST", "/predict", json=ENTITY)
             given = lane.request("POST", "/predict", json={**ENTITY, "features": {"a": 2, "b": 2, "c": 2}})
             part = lane.request("POST", "/predict", json={**ENTITY, "features": {"a": 2, "b": 2}})
-            batch = lane.request(
-                "POST",
-                "/predict/batch",
-                json={"model_id": "abc", "instances": [{"features": [1, 2, 3]}, ENTITY]},
-            )
             rows = [{"features": [1, 2, 3]}, {"entity_id": "cust_1"}]
             batch = lane.request("POST", "/predict/batch", json={"model_id": "abc", "instances": rows})
             without_store = lane.request("POST", "/predict", json=ABC)
@@ -65,6 +62,17 @@ def test_while_redis_is_down_the_features_of_requests_serve(redis_url: str, tmp_
                 lambda: lane.request("GET", "/health/ready"),
                 lambda response: response.json()["status"] == "ok",
                 "health says so",
+            )
+
+            redis.hang()
+            late = lane.request("POST", "/predict", json=ENTITY)
+            at_once = lane.request("POST", "/predict", json=ENTITY)
+            meanwhile = lane.request("POST", "/predict", json={**ENTITY, "features": [2, 2, 2]})
+            redis.up()
+            eventually(
+                lambda: lane.request("POST", "/predict", json=ENTITY),
+                lambda response: response.status_code == 200,
+                "it recovers from that, too",
             )
             lane.close()
 
@@ -86,36 +94,11 @@ def test_while_redis_is_down_the_features_of_requests_serve(redis_url: str, tmp_
     assert live == {"status": "ok"}
     assert recovered.json()["feature_sources"] == "store"
     assert ready_again.status_code == 200
-
-
-def test_a_redis_that_does_not_answer_in_time_counts_as_down(redis_url: str, tmp_path: Path) -> None:
-    """Slow is worse than down: each caller would wait for it."""
-    with FaultProxy.in_front_of(redis_url) as redis:
-        settings: dict[str, Any] = {"features": redis.redirect(redis_url), "features_deadline_ms": 200}
-        with with_model(PhoenixServer(tmp_path / "server", **settings), tmp_path) as server:
-            lane = ServerLane(server.url)
-            eventually(
-                lambda: lane.request("PUT", "/features/cust_1", json={"features": {"a": 1, "b": 1, "c": 1}}),
-                lambda response: response.status_code == 200,
-                "the features are stored",
-            )
-            redis.hang()
-            late = lane.request("POST", "/predict", json=ENTITY)
-            at_once = lane.request("POST", "/predict", json=ENTITY)
-            given = lane.request("POST", "/predict", json={**ENTITY, "features": [2, 2, 2]})
-            redis.up()
-            eventually(
-                lambda: lane.request("POST", "/predict", json=ENTITY),
-                lambda response: response.status_code == 200,
-                "it recovers",
-            )
-            lane.close()
-
-    assert "200 ms" in refused(late, 503, "feature_store_unavailable")["message"]
+    # Late is worse than down, as each caller would wait: so only the first one does.
+    assert "1000 ms" in refused(late, 503, "feature_store_unavailable")["message"]
     refused(at_once, 503, "feature_store_unavailable")
-    assert late.elapsed.total_seconds() > 0.15
-    assert at_once.elapsed < late.elapsed
-    assert ok(given)["feature_sources"] == "request"
+    assert late.elapsed.total_seconds() > 0.9 > at_once.elapsed.total_seconds()
+    assert ok(meanwhile)["feature_sources"] == "request"
 
 
 def test_a_server_on_postgresql_and_redis_does_the_same(
@@ -127,18 +110,16 @@ def test_a_server_on_postgresql_and_redis_does_the_same(
         "features": redis_url,
         "features_deadline_ms": 1000,
     }
-    server = PhoenixServer(tmp_path / "server", workers=2, **settings)
+    server = PhoenixServer(tmp_path / "server", **settings)
 
     refusal = server.command("serve")
     upgraded = server.command("db", "upgrade")
-    again = server.command("db", "upgrade")
 
     assert refusal.returncode == 1
     assert "phoenix-ml db upgrade" in refusal.stderr
     assert "Traceback" not in refusal.stderr
     assert upgraded.returncode == 0, upgraded.stderr
     assert "is at revision" in upgraded.stdout
-    assert again.stdout == upgraded.stdout
     with with_model(server, tmp_path):
         lane = ServerLane(server.url)
         store_features(lane, "cust_1", a=1, b=2, c=0.5)
@@ -182,7 +163,9 @@ def test_while_postgresql_is_down_predictions_go_on_and_are_logged_later(
     """The table is in memory and the journal on disk: only management waits for the database."""
     with FaultProxy.in_front_of(postgres_url) as postgres:
         server = PhoenixServer(tmp_path / "server", database=postgres.redirect(postgres_url))
-        assert server.command("db", "upgrade").returncode == 0
+        database = Database(postgres_url)
+        database.upgrade()
+        database.close()
         with with_model(server, tmp_path):
             lane = ServerLane(server.url)
             ok(lane.request("POST", "/predict", json=ABC))
@@ -226,7 +209,7 @@ def _first_answer(server: PhoenixServer) -> httpx.Response:
 
     def answered() -> bool:
         try:
-            answers.append(httpx.post(f"{server.url}/predict", json=ABC, timeout=30))
+            answers.append(ask_anew(server.url, ABC))
         except httpx.TransportError:
             return False
         return True

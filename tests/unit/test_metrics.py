@@ -342,14 +342,25 @@ for generation in range(400):
         assert shown[sample("latency_seconds_count", model="fraud")] == 1.0
         assert shown[sample("requests_total", model="fraud")] == 4.0
 
-    def test_clearing_forgets_all_processes(self, tmp_path: Path, writer: MetricsWriter) -> None:
+    def test_clearing_forgets_processes_that_have_ended(self, tmp_path: Path) -> None:
         """A supervisor that starts with fewer processes must not show those of its last run."""
-        writer.counter(REQUESTS, model="fraud").add()
+        with MetricsWriter(tmp_path / "api-7.mmap") as ended:
+            ended.counter(REQUESTS, model="fraud").add()
 
         clear(tmp_path)
 
         assert samples_in(tmp_path, REQUESTS) == {}
         assert list(tmp_path.iterdir()) == []
+
+    def test_clearing_leaves_the_values_of_a_process_that_runs(
+        self, tmp_path: Path, writer: MetricsWriter
+    ) -> None:
+        """A log worker that somebody started by itself must not lose its metrics when a server starts."""
+        writer.counter(REQUESTS, model="fraud").add()
+
+        clear(tmp_path)
+
+        assert samples_in(tmp_path, REQUESTS) == {sample("requests_total", model="fraud"): 1.0}
 
 
 class TestExposition:

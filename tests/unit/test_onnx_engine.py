@@ -341,6 +341,16 @@ def test_a_model_with_flipped_bytes_is_refused_or_loads(tmp_path: Path, data: st
         Loaded(path, ModelHints())
 
 
+def test_names_that_are_no_text_are_refused_in_silence(
+    refusal: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such a graph made the runtime print to standard output, where ``--json`` writes its data."""
+    model = onnx_models.zipmap_classifier(("no", "yes"))
+    assert "no" in refusal(model.replace(b"yes", b"y\xe8s"))
+    assert "text" in refusal(onnx_models.linear_regressor().replace(b"\x01n", b"\x01\xe8", 1))
+    assert capfd.readouterr().out == ""
+
+
 EXTERNAL = [
     onnx_models.external_data,
     onnx_models.external_data_in_subgraph,

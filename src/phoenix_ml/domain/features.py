@@ -14,7 +14,7 @@ from phoenix_ml.domain.errors import (
     InvalidField,
     ModelRefused,
 )
-from phoenix_ml.domain.rows import Column, ElementType, Scalar
+from phoenix_ml.domain.rows import Column, ElementType, RowFormat, Scalar
 
 Given = Mapping[str, Scalar | None] | Sequence[Scalar | None]
 
@@ -138,6 +138,10 @@ class FeatureContract:
             )
         complete = {}
         for name, element in elements.items():
+            try:
+                check_feature_name(name)
+            except InvalidField as exc:
+                raise ModelRefused(f"{exc.message}; rename the model's input", feature=name) from exc
             natural = _NATURAL_TYPE[element]
             rule = rules.get(name, FeatureRule(natural))
             if rule.type not in _HOLDS[natural]:
@@ -154,7 +158,12 @@ class FeatureContract:
                 raise ModelRefused(
                     f"feature {name!r}: the default {rule.default!r} is not of type {rule.type}", feature=name
                 )
-            if rule.max_age_s is not None and rule.max_age_s <= 0:
+            if rule.default is not None and not isinstance(rule.default, UnsetType):
+                try:
+                    RowFormat([Column(name, element)]).pack([rule.default])
+                except FeatureInvalid as exc:
+                    raise ModelRefused(f"the default of {exc.message}", feature=name) from exc
+            if rule.max_age_s is not None and not rule.max_age_s > 0:
                 raise ModelRefused(f"feature {name!r}: max_age_s must be above 0", feature=name)
             complete[name] = rule
         return complete

@@ -61,7 +61,10 @@ class RowFormat:
             numbers = self._struct.pack(*[values[i] for i in self._numbers])
         except (struct.error, OverflowError):
             raise self._misfit(values) from None
-        texts = [str(values[i]).encode() for i in self._strings]
+        try:
+            texts = [str(values[i]).encode() for i in self._strings]
+        except UnicodeEncodeError:
+            raise FeatureInvalid("a text has half of a surrogate pair, which is no Unicode") from None
         return numbers + b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
     def unpack(self, row: bytes) -> list[Scalar]:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import uvicorn
 import uvloop
 
+from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, open_features
-from phoenix_ml.domain.errors import DatabaseUnavailable
+from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable
 from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
@@ -87,6 +88,7 @@ async def serve(
     try:
         # Not before: a process that was started again would call every model unknown until it has read them.
         await looked.wait()
+        await _greet(features)
         await server.serve(sockets=[listener])
         await predict.drain()
     finally:
@@ -96,6 +98,14 @@ async def serve(
         writer.close()
         await features.close()
         metrics.close()
+
+
+async def _greet(features: FeatureStore) -> None:
+    """Opens the store's connection with more patience than a request has: its first read would come late."""
+    try:
+        await features.check()
+    except FeatureStoreUnavailable as exc:
+        log.warning("predictions need features in the request for now: %s", exc.message)
 
 
 async def _follow_registry(live: LiveModels, poll_s: float, looked: asyncio.Event) -> None:

@@ -120,6 +120,8 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         os.set_inheritable(held_end, False)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         code = _watch(children, environment, metrics, stopping, lambda: announce(url))
+        # Callers that come now are refused at once: held open, it would let them wait for nobody.
+        listener.close()
         _stop(children, background, settings)
     return code
 

@@ -52,6 +52,8 @@ def _cells(name: str, present: Sequence[Scalar]) -> dict[str, Any]:
         values = np.asarray(present, dtype=np.float64)
     except (TypeError, ValueError) as exc:
         raise ModelRefused(f"the reference's column {name!r} is not numeric: {exc}", feature=name) from exc
+    if values.ndim != 1:
+        raise ModelRefused(f"the reference's column {name!r} holds lists, not numbers", feature=name)
     if not np.isfinite(values).all():
         raise ModelRefused(f"the reference's column {name!r} holds infinite values", feature=name)
     if not len(values):

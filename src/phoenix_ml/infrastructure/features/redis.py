@@ -470,7 +470,7 @@ def _read_as(
 
 
 def _all_floats(names: Sequence[str], raw: Sequence[bytes | None]) -> dict[str, Scalar] | None:
-    """The values where each is a plain number, else None: the usual row in 4 µs instead of 15."""
+    """The values where each is a plain number, else None: the usual row of 30 in 9 µs instead of 16."""
     try:
         numbers = list(map(float, raw))  # type: ignore[arg-type]
         # Python also reads 1_0 as a number.
