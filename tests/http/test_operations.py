@@ -342,7 +342,7 @@ def test_pipelined_requests_are_answered_in_order(server: PhoenixServer) -> None
 
 
 @pytest.fixture(scope="module")
-def _module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
+def module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
     folder = tmp_path_factory.mktemp("troubled")
     server = PhoenixServer(folder, journal_limit_bytes=64 * 1024, journal_segment_bytes=4096)
     server.register(zoo.linear(folder / "abc.onnx", [1, 2, 3]), "abc", "1.0.0")
@@ -352,11 +352,11 @@ def _module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phoenix
 
 
 @pytest.fixture
-def troubled(_module_server: PhoenixServer) -> PhoenixServer:
+def troubled(module_server: PhoenixServer) -> PhoenixServer:
     """A running server with the models `abc` and `slow`, and a journal of 64 KiB, that tests may end."""
-    if not (_module_server.is_ready and _module_server.exit_code is None):
-        _module_server.start()
-    return _module_server
+    if not (module_server.is_ready and module_server.exit_code is None):
+        module_server.start()
+    return module_server
 
 
 ABC = {"model_id": "abc", "features": [1, 2, 3]}
@@ -483,9 +483,9 @@ def test_a_stop_finishes_what_is_in_flight_and_exits_with_0(troubled: PhoenixSer
     assert len(on_record) == 60
 
 
-def test_an_artifact_that_is_gone_fails_its_version_alone(_module_server: PhoenixServer) -> None:
+def test_an_artifact_that_is_gone_fails_its_version_alone(module_server: PhoenixServer) -> None:
     """A damaged disk must cost one model and be found in health, not take the server down."""
-    server = _module_server
+    server = module_server
     if server.exit_code is None:
         server.stop()
     lost = server.register(zoo.linear(server.folder / "lost.onnx", [5]), "lost", "1.0.0")

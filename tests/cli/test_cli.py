@@ -1,0 +1,698 @@
+"""Every verb of `phoenix-ml`, on real adapters: in this process, or as one of its own where that matters."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import click
+import httpx
+import pyarrow as pa
+import pytest
+import zoo
+from click.testing import CliRunner, Result
+from lanes import ServerLane, ok
+from phoenix_server import PhoenixServer
+from pyarrow import parquet
+from servers import free_port, wait_until
+
+from phoenix_ml.cli import main
+
+pytestmark = pytest.mark.system
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the environment nor a phoenix.toml of whoever runs the tests."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("PHOENIX_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "300")  # so that no line is folded
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """An empty data folder."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(data: Path) -> Run:
+    """Runs `phoenix-ml ARGUMENTS --data DATA` in this process."""
+
+    def invoke(*arguments: str, code: int = 0) -> Result:
+        done = CliRunner().invoke(main, [*arguments, "--data", str(data)])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return done
+
+    return invoke
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A regressor: the sum of x_0, x_1 and x_2, weighted 1, 2, 3."""
+    return zoo.linear(tmp_path / "model.onnx", [1, 2, 3])
+
+
+def fails(done: Result, code: str) -> str:
+    """The message of a failure: one line on standard error, with its code, without a traceback."""
+    assert done.exit_code == 1, done.output
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    found = re.fullmatch(r"error (\w+) (.+)", lines[0])
+    assert found is not None, lines[0]
+    assert found[1] == code
+    assert "Traceback" not in done.output
+    return found[2]
+
+
+def test_the_options_of_rich_output_do_not_reach_json(run: Run, model: Path) -> None:
+    """A script parses what --json prints, whatever the terminal."""
+    printed = run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--json").stdout
+
+    assert "\x1b" not in printed
+    assert json.loads(printed)["id"] == "m"
+
+
+# Help and usage.
+
+
+def commands(
+    command: click.Command, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command below this one that does something itself."""
+    if isinstance(command, click.Group):
+        for name, one in command.commands.items():
+            yield from commands(one, (*path, name))
+    else:
+        yield path, command
+
+
+ALL = dict(commands(main))
+
+
+def test_the_verbs_of_the_architecture_are_there() -> None:
+    """Scripts and documents name them."""
+    assert {" ".join(path) for path in ALL} >= {
+        "serve",
+        "work",
+        "db upgrade",
+        "doctor",
+        "models register",
+        "models list",
+        "models show",
+        "models stage",
+        "models activate",
+        "models deactivate",
+        "models routing",
+        "features load",
+        "features get",
+        "features put",
+        "predict",
+        "predictions list",
+        "predictions show",
+        "demo",
+    }
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_every_command_helps_with_an_example_of_itself(path: tuple[str, ...]) -> None:
+    """An example answers what a list of options leaves open; it must not be one that does not work."""
+    done = CliRunner().invoke(main, [*path, "--help"])
+
+    assert done.exit_code == 0
+    _, _, text = done.stdout.partition("Example:")
+    example = text.strip().splitlines()[0]
+    assert f"phoenix-ml {' '.join(path)}" in example
+    options = {name for parameter in ALL[path].params for name in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", example)) <= options
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["models"],
+        ["models", "register"],
+        ["models", "register", "there-is-no-such-file.onnx", "--id", "m", "--version", "1.0.0"],
+        ["models", "stage", "m", "1.0.0", "live"],
+        ["models", "routing", "m", "1.0.0", "--strategy", "pinned"],
+        ["features", "put", "e"],
+        ["features", "load", "there-is-no-such-file.csv", "--entity", "id"],
+        ["predictions", "list", "--limit", "0"],
+        ["predictions", "list", "--limit", "1001"],
+        ["work", "dance"],
+        ["work"],
+        ["serve", "--port", "many"],
+        ["predict"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(arguments: list[str]) -> None:
+    """A script tells by it that it is written wrongly, and not that something failed."""
+    done = CliRunner().invoke(main, arguments)
+
+    assert done.exit_code == 2
+    assert "Usage:" in done.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"PHOENIX_PORT": "many"}, "PHOENIX_PORT"),
+        ({"PHOENIX_WORKERS": "0"}, "PHOENIX_WORKERS"),
+        ({"PHOENIX_DATABASE": "mysql://x"}, "sqlite, postgresql"),
+        ({"PHOENIX_DATABASE": "nonsense"}, "PHOENIX_DATABASE"),
+        ({"PHOENIX_FEATURES": "memcached://x"}, "sqlite:, redis://"),
+        ({"PHOENIX_EVENTS": "rabbit://x"}, "local:"),
+        ({"PHOENIX_ARTIFACTS": "ftp://x"}, "file:"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_wrong_is_named_with_what_would_be_right(
+    monkeypatch: pytest.MonkeyPatch, run: Run, settings: dict[str, str], named: str
+) -> None:
+    """The first thing that goes wrong at every installation."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    verb = ["features", "get", "e"] if "PHOENIX_FEATURES" in settings else ["models", "list"]
+
+    assert named in fails(run(*verb, code=1), "misconfigured")
+
+
+# The catalogue.
+
+
+def test_a_model_lives_its_life_on_the_command_line(run: Run, model: Path, tmp_path: Path) -> None:
+    """Everything that HTTP can, without a server."""
+    contract = tmp_path / "contract.json"
+    contract.write_text(
+        '{"a": {"type": "float"}, "b": {"type": "float", "default": null}, "c": {"type": "float"}}'
+    )
+    reference = tmp_path / "train.csv"
+    reference.write_text("a,b,c\n" + "".join(f"{n},{n % 7},{n % 3}\n" for n in range(100)))
+    register = ["models", "register", str(model), "--id", "m", "--features", str(contract)]
+
+    first = run(*register, "--version", "1.0.0", "--reference", str(reference), "--activate", "--json")
+    run(*register, "--version", "1.1.0", "--stage", "staging", "--task", "regression")
+    activated = run("models", "activate", "m", "1.1.0", "--json")
+    staged = run("models", "stage", "m", "1.1.0", "prod", "--json")
+    listed = run("models", "list", "--json")
+    shown = run("models", "show", "m", "1.0.0", "--baseline", "--json")
+    both = run("models", "show", "m", "--json")
+    default = run("models", "routing", "m", "--json")
+    routed = run(
+        "models", "routing", "m", "1.0.0=90", "1.1.0=10", "--strategy", "canary", "--salt", "s", "--json"
+    )
+    refused = run("models", "deactivate", "m", "1.1.0", code=1)
+    cleared = run("models", "routing", "m", "--clear", "--json")
+    deactivated = run("models", "deactivate", "m", "1.1.0", "--json")
+
+    assert json.loads(first.stdout)["is_active"]
+    assert json.loads(first.stdout)["has_baseline"]
+    assert json.loads(first.stdout)["features"]["b"]["default"] is None
+    assert json.loads(activated.stdout)["is_active"]
+    assert json.loads(staged.stdout)["stage"] == "prod"
+    assert [one["version"] for one in json.loads(listed.stdout)] == ["1.0.0", "1.1.0"]
+    assert json.loads(shown.stdout)["baseline"]
+    assert [one["version"] for one in json.loads(both.stdout)] == ["1.0.0", "1.1.0"]
+    assert json.loads(default.stdout)["is_default"]
+    assert json.loads(default.stdout)["routing"]["arms"][0]["version"] == "1.1.0"
+    assert json.loads(routed.stdout) == {
+        "routing": {
+            "strategy": "canary",
+            "arms": [
+                {"version": "1.0.0", "role": "champion", "weight": 90.0},
+                {"version": "1.1.0", "role": "challenger", "weight": 10.0},
+            ],
+            "salt": "s",
+        },
+        "is_default": False,
+    }
+    assert "change the routing first" in fails(refused, "routing_conflict")
+    assert json.loads(cleared.stdout)["is_default"]
+    assert not json.loads(deactivated.stdout)["is_active"]
+
+
+def test_people_read_tables(run: Run, model: Path) -> None:
+    """The same, without --json."""
+    empty = run("models", "list")
+    registered = run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    unrouted = run("models", "routing", "m")
+    run("models", "activate", "m", "1.0.0")
+    listed = run("models", "list")
+    shown = run("models", "show", "m", "1.0.0")
+    routed = run("models", "routing", "m", "1.0.0")
+
+    assert "phoenix-ml models register" in empty.stdout
+    assert "inactive" in registered.stdout
+    assert "phoenix-ml models activate m VERSION" in unrouted.stdout
+    assert re.search(r"m +1\.0\.0 +dev +yes", listed.stdout)
+    assert re.search(r"x_0 +float +required", shown.stdout)
+    assert re.search(r"1\.0\.0 +champion +1", routed.stdout)
+
+
+def test_shadow_arms_take_their_role_from_the_strategy(run: Run, model: Path) -> None:
+    """Nobody types roles that follow from what was said already."""
+    for version in ("1.0.0", "1.1.0"):
+        run("models", "register", str(model), "--id", "m", "--version", version, "--activate")
+
+    shown = run("models", "routing", "m", "1.0.0", "1.1.0", "--strategy", "shadow", "--json")
+
+    roles = [arm["role"] for arm in json.loads(shown.stdout)["routing"]["arms"]]
+    assert roles == ["champion", "shadow"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["models", "show", "nowhere"], "model_unknown"),
+        (["models", "show", "m", "9.9.9"], "version_unknown"),
+        (["models", "activate", "nowhere", "1.0.0"], "model_unknown"),
+        (["models", "stage", "m", "1.0.0", "prod"], "stage_conflict"),
+        (["models", "routing", "nowhere"], "model_unknown"),
+        (["models", "routing", "m", "1.0.0=0"], "routing_invalid"),
+        (["models", "routing", "m", "1.0.0=much"], "invalid_field"),
+        (["models", "routing", "m", "1.0.0=nan"], "routing_invalid"),
+        (["models", "routing", "m", "1.0.0", "1.0.0"], "routing_invalid"),
+        (["models", "routing", "m", "1.0.0"], "version_inactive"),
+        (["models", "routing", "m", "7.0.0"], "version_unknown"),
+        (["features", "get", "nobody"], "entity_unknown"),
+        (["features", "put", "e", "income"], "invalid_field"),
+        (["features", "put", "e", "=5"], "invalid_field"),
+        (["features", "put", "e", "_updated_at=5"], "invalid_field"),
+        (["features", "put", "e", "a=99999999999999999999"], "feature_invalid"),
+        (["predictions", "show", str(uuid4())], "prediction_unknown"),
+        (["predictions", "show", "cust_1"], "invalid_field"),
+        (["predictions", "list", "--cursor", "x"], "invalid_field"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_fails_is_one_line_with_a_code_and_exits_with_1(
+    run: Run, model: Path, arguments: list[str], code: str
+) -> None:
+    """A person reads the words, a script the code, nobody a traceback."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+
+    fails(run(*arguments, code=1), code)
+
+
+def test_a_file_that_is_no_model_is_refused_and_nothing_is_registered(run: Run, tmp_path: Path) -> None:
+    """In the loader's own words."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"not a model")
+
+    message = fails(
+        run("models", "register", str(file), "--id", "m", "--version", "1.0.0", code=1), "model_refused"
+    )
+
+    assert "not an ONNX model" in message
+    assert json.loads(run("models", "list", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("contract.json", "{", "malformed_body"),
+        ("contract.json", '{"a": {"type": "number"}}', "invalid_field"),
+        ("contract.json", '{"a": {"type": "float"}}', "model_refused"),
+    ],
+)
+def test_a_contract_that_is_wrong_is_refused(
+    run: Run, model: Path, tmp_path: Path, name: str, content: str, code: str
+) -> None:
+    """A contract is written by hand."""
+    contract = tmp_path / name
+    contract.write_text(content)
+
+    done = run(
+        "models",
+        "register",
+        str(model),
+        "--id",
+        "m",
+        "--version",
+        "1.0.0",
+        "--features",
+        str(contract),
+        code=1,
+    )
+
+    fails(done, code)
+
+
+@pytest.mark.parametrize(("name", "content"), [("train.csv", ""), ("train.txt", "x"), ("train.parquet", "x")])
+def test_a_reference_set_that_cannot_be_read_is_refused(
+    run: Run, model: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    """Also one that is not there at all."""
+    reference = tmp_path / name
+    reference.write_text(content)
+    register = ["models", "register", str(model), "--id", "m", "--version", "1.0.0", "--reference"]
+
+    fails(run(*register, str(reference), code=1), "invalid_field")
+    fails(run(*register, str(tmp_path / "gone.csv"), code=1), "invalid_field")
+
+
+# Features.
+
+
+def test_features_are_put_and_got_in_their_types(run: Run) -> None:
+    """What looks like a number is one; everything else is text."""
+    written = run(
+        "features",
+        "put",
+        "cust_1",
+        "income=2100",
+        "rate=0.5",
+        "owner=true",
+        "city=Zürich",
+        "x=null",
+        "--json",
+    )
+    got = json.loads(run("features", "get", "cust_1", "--json").stdout)
+    run("features", "put", "cust_1", "rate=null", "city=a=b")
+    table = run("features", "get", "cust_1").stdout
+
+    assert json.loads(written.stdout) == {"written": 1}
+    assert got["features"] == {"income": 2100, "rate": 0.5, "owner": True, "city": "Zürich"}
+    assert set(got["updated_at_ms"]) == set(got["features"])
+    assert "rate" not in table
+    assert "a=b" in table
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_loaded_and_its_empty_cells_remove(run: Run, tmp_path: Path, kind: str) -> None:
+    """The export of yesterday says "missing" by leaving a cell empty, or by NaN."""
+    columns: dict[str, list[Any]] = {
+        "customer": ["cust_1", "cust_2", "cust_3"],
+        "income": [2100.5, None, float("nan")],
+        "age": [30, 40, 50],
+        "city": ["Oslo", None, "Lima"],
+    }
+    file = tmp_path / f"table.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table(columns), file)
+    else:
+        file.write_text("customer,income,age,city\ncust_1,2100.5,30,Oslo\ncust_2,,40,\ncust_3,nan,50,Lima\n")
+    for entity in ("cust_2", "cust_3"):
+        run("features", "put", entity, "income=1", "other=2")
+
+    loaded = run("features", "load", str(file), "--entity", "customer", "--json")
+
+    def stored(entity: str) -> dict[str, Any]:
+        features: dict[str, Any] = json.loads(run("features", "get", entity, "--json").stdout)["features"]
+        return features
+
+    assert json.loads(loaded.stdout) == {"entities": 3}
+    assert stored("cust_1") == {"income": 2100.5, "age": 30, "city": "Oslo"}
+    assert stored("cust_2") == {"age": 40, "other": 2}
+    assert stored("cust_3") == {"age": 50, "city": "Lima", "other": 2}
+
+
+def test_numbers_name_entities_too(run: Run, tmp_path: Path) -> None:
+    """Most systems number their customers."""
+    file = tmp_path / "table.csv"
+    file.write_text("id,a\n7,1.5\n8,2.5\n")
+
+    run("features", "load", str(file), "--entity", "id")
+
+    assert json.loads(run("features", "get", "8", "--json").stdout)["features"] == {"a": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", "id,a\n1,2\n", "no column 'customer'; it has id, a"),
+        ("t.csv", "customer,a\n,2\n", "no entity id in column 'customer'"),
+        ("t.csv", "customer,a\nx,1\ny,2,3\n", "cannot be read"),
+        ("t.csv", "", "cannot be read"),
+        ("t.parquet", "nonsense", "cannot be read"),
+        ("t.xlsx", "x", "must be .csv or .parquet"),
+    ],
+)
+def test_a_table_that_cannot_be_loaded_says_why(
+    run: Run, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    """With the names it does have, as the mistake is mostly in a name."""
+    file = tmp_path / name
+    file.write_text(content)
+
+    done = run("features", "load", str(file), "--entity", "customer", code=1)
+
+    assert said in done.stderr
+    assert "error invalid_field" in done.stderr
+    assert "Traceback" not in done.output
+
+
+# Database and doctor.
+
+
+def test_an_upgrade_may_be_repeated(run: Run, data: Path) -> None:
+    """Every deployment runs it."""
+    first, second = run("db", "upgrade"), run("db", "upgrade")
+
+    assert "is at revision" in first.stdout
+    assert second.stdout == first.stdout
+    assert (data / "phoenix.db").exists()
+
+
+def test_a_doctor_who_finds_nothing_says_what_was_looked_at(run: Run, model: Path) -> None:
+    """Also that the active models load."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--activate")
+
+    found = json.loads(run("doctor", "--json").stdout)
+    table = run("doctor").stdout
+
+    assert all(finding["ok"] for finding in found)
+    by_check = {finding["check"]: finding["found"] for finding in found}
+    assert set(by_check) >= {"python", "data folder", "onnx runtime", "feature store", "database", "models"}
+    assert by_check["models"] == "1 versions are registered, 1 active, all of those load"
+    assert "failed" not in table
+
+
+def test_a_doctor_who_finds_something_exits_with_1_and_names_it(
+    run: Run, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thing that is wrong does not keep the others from being looked at."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--activate")
+    next((data / "artifacts").rglob("*/*/*")).unlink()
+    monkeypatch.setenv("PHOENIX_HOST", "0.0.0.0")
+    monkeypatch.setenv("PHOENIX_FEATURES", f"redis://127.0.0.1:{free_port()}/0")
+
+    found = json.loads(run("doctor", "--json", code=1).stdout)
+    table = run("doctor", code=1).stdout
+
+    failed = {finding["check"]: finding["found"] for finding in found if not finding["ok"]}
+    assert set(failed) == {"address", "feature store", "models"}
+    assert "--insecure" in failed["address"]
+    assert "redis" in failed["feature store"]
+    assert failed["models"].startswith("m 1.0.0: ")
+    assert "failed" in table
+
+
+def test_a_doctor_in_front_of_a_damaged_database_says_so(run: Run, data: Path) -> None:
+    """A diagnosis that ends in a traceback is none."""
+    data.mkdir()
+    (data / "phoenix.db").write_bytes(b"this is no database" * 100)
+
+    found = json.loads(run("doctor", "--json", code=1).stdout)
+
+    failed = {finding["check"]: finding["found"] for finding in found if not finding["ok"]}
+    assert set(failed) == {"database"}
+    assert "phoenix.db" in failed["database"]
+
+
+# With a server.
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
+    """A running server with the model `abc`."""
+    folder = tmp_path_factory.mktemp("served")
+    phoenix = PhoenixServer(folder)
+    phoenix.register(zoo.linear(folder / "abc.onnx", [1, 2, 3]), "abc", "1.0.0", contract=zoo.ABC)
+    phoenix.register(zoo.classifier(folder / "signs.onnx"), "signs", "1.0.0")
+    with phoenix:
+        yield phoenix
+
+
+def on(server: PhoenixServer, *arguments: str) -> Result:
+    """`phoenix-ml ARGUMENTS` in this process, on the server's data or against its URL."""
+    where = ["--url", server.url] if arguments[0] == "predict" else ["--data", str(server.data)]
+    return CliRunner().invoke(main, [*arguments, *where])
+
+
+def test_predictions_are_asked_for_listed_and_shown(server: PhoenixServer) -> None:
+    """From the answer to its row in the log."""
+    put = on(server, "features", "put", "cust_1", "a=1", "b=1")
+    asked = on(server, "predict", "abc", "--entity", "cust_1", "--feature", "c=2", "--json")
+    read = on(server, "predict", "signs", "--feature", "x=3")
+    answer = json.loads(asked.stdout)
+    stranger = str(uuid4())
+    lane = ServerLane(server.url)
+    ok(lane.request("POST", "/feedback", json={"prediction_id": stranger, "outcome": "lost"}), 202)
+    lane.close()
+    wait_until(
+        lambda: (
+            on(server, "predictions", "show", answer["prediction_id"]).exit_code == 0
+            and stranger in on(server, "predictions", "unmatched").stdout
+        ),
+        15,
+        "prediction and outcome are logged",
+    )
+
+    shown = json.loads(on(server, "predictions", "show", answer["prediction_id"]).stdout)
+    listed = json.loads(
+        on(server, "predictions", "list", "--entity", "cust_1", "--model", "abc", "--json").stdout
+    )
+    table = on(server, "predictions", "list", "--limit", "1")
+    unmatched = json.loads(on(server, "predictions", "unmatched", "--json").stdout)
+
+    assert put.exit_code == asked.exit_code == read.exit_code == table.exit_code == 0
+    assert answer["result"] == 9
+    assert answer["feature_sources"] == {"a": "store", "b": "store", "c": "request"}
+    assert "confidence 0.9" in read.stdout
+    assert shown["features"] == {"a": 1.0, "b": 1.0, "c": 2.0}
+    assert [item["prediction_id"] for item in listed["items"]] == [answer["prediction_id"]]
+    assert "more: --cursor " in table.stdout
+    assert unmatched["count"] == 1
+    assert unmatched["items"][0]["prediction_id"] == stranger
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nowhere", "--entity", "x"], "model_unknown"),
+        (["abc", "--entity", "nobody"], "entity_unknown"),
+        (["abc"], "invalid_field"),
+        (["abc", "--feature", "a=1"], "feature_missing"),
+        (["abc", "--feature", "a"], "invalid_field"),
+        (["abc", "--version", "9.9.9", "--feature", "a=1"], "version_unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_servers_refusals_are_shown_with_the_servers_codes(
+    server: PhoenixServer, arguments: list[str], code: str
+) -> None:
+    """As if the command had found out itself."""
+    fails(on(server, "predict", *arguments), code)
+
+
+def test_without_a_server_a_prediction_says_how_to_start_one() -> None:
+    """Also when something else answers there."""
+    nobody = CliRunner().invoke(main, ["predict", "m", "--url", f"http://127.0.0.1:{free_port()}"])
+    nonsense = CliRunner().invoke(main, ["predict", "m", "--url", "not a url"])
+
+    assert "phoenix-ml serve" in fails(nobody, "server_unreachable")
+    fails(nonsense, "server_unreachable")
+
+
+def test_a_data_folder_is_served_by_one_server_only(server: PhoenixServer, tmp_path: Path) -> None:
+    """Two would write the same journals."""
+    done = command(tmp_path, "serve", "--port", "0", "--data", str(server.data))
+
+    assert done.returncode == 1
+    assert f"is being served already by process {server.pid}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_log_of_a_served_folder_is_not_worked_twice(server: PhoenixServer) -> None:
+    """Two would read the same journals, and each would delete what the other has not read."""
+    done = on(server, "work", "log")
+
+    assert done.exit_code == 1
+    assert "another process logs the journals" in done.output
+
+
+def test_a_port_in_use_is_said_to_be(server: PhoenixServer, tmp_path: Path) -> None:
+    """The commonest failure of a second start."""
+    done = command(tmp_path, "serve", "--port", str(server.port), "--data", str(tmp_path / "other"))
+
+    assert done.returncode == 1
+    assert f"127.0.0.1:{server.port}" in done.stderr
+    assert "choose another --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Processes of their own.
+
+
+def command(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The outcome of `phoenix-ml ARGUMENTS` as a process of its own."""
+    return PhoenixServer(folder / "command", **settings).command(*arguments)
+
+
+def test_another_address_than_this_machines_is_refused_without_insecure(tmp_path: Path) -> None:
+    """Whoever reaches the port may change models, as there are no keys yet."""
+    done = command(tmp_path, "serve", "--host", "0.0.0.0", "--port", "0")
+
+    assert done.returncode == 1
+    assert "misconfigured" in done.stderr
+    assert "--insecure" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_with_insecure_every_start_up_log_says_so(tmp_path: Path) -> None:
+    """So that nobody can say they did not know."""
+    for _ in range(2):
+        insecure = PhoenixServer(tmp_path / "insecure", host="0.0.0.0", insecure=True)
+        insecure.spawn()
+        wait_until(lambda s=insecure: " serves " in s.log(all_starts=False), 60, "it serves")  # type: ignore[misc]
+        said = insecure.log(all_starts=False)
+        assert insecure.stop() == 0
+
+        assert "INSECURE" in said
+        assert "0.0.0.0" in said
+
+
+def test_the_log_role_runs_by_itself_with_metrics(tmp_path: Path) -> None:
+    """In a cluster each role is a process of its own, and is scraped like one."""
+    port = free_port()
+    worker = PhoenixServer(tmp_path / "worker")
+    process = worker.popen("work", "log", "--metrics-port", str(port), log=tmp_path / "work.log")
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health/live").status_code == 200
+        except httpx.TransportError:
+            assert process.poll() is None, (tmp_path / "work.log").read_text()
+            return False
+
+    try:
+        wait_until(answers, 60, "the worker answers")
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics")
+        nothing = httpx.get(f"http://127.0.0.1:{port}/nothing")
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert metrics.status_code == 200
+    assert "phoenix_log_heartbeat_timestamp_seconds" in metrics.text
+    assert nothing.status_code == 404
+    assert code == 0
+
+
+def test_a_metrics_port_in_use_is_said_to_be(run: Run) -> None:
+    """A readable line, as for every other port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("work", "log", "--metrics-port", str(taken.getsockname()[1]), code=1)
+
+    fails(done, "misconfigured")
