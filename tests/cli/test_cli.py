@@ -631,9 +631,9 @@ def test_a_port_in_use_is_said_to_be(server: PhoenixServer, tmp_path: Path) -> N
 # Processes of their own.
 
 
-def command(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The outcome of `phoenix-ml ARGUMENTS` as a process of its own."""
-    return PhoenixServer(folder / "command", **settings).command(*arguments)
+    return PhoenixServer(folder / "command").command(*arguments)
 
 
 def test_another_address_than_this_machines_is_refused_without_insecure(tmp_path: Path) -> None:
@@ -646,17 +646,20 @@ def test_another_address_than_this_machines_is_refused_without_insecure(tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_with_insecure_every_start_up_log_says_so(tmp_path: Path) -> None:
+def test_with_insecure_the_start_up_log_says_so(tmp_path: Path) -> None:
     """So that nobody can say they did not know."""
-    for _ in range(2):
-        insecure = PhoenixServer(tmp_path / "insecure", host="0.0.0.0", insecure=True)
-        insecure.spawn()
-        wait_until(lambda s=insecure: " serves " in s.log(all_starts=False), 60, "it serves")  # type: ignore[misc]
-        said = insecure.log(all_starts=False)
-        assert insecure.stop() == 0
+    insecure = PhoenixServer(tmp_path / "insecure", host="0.0.0.0", insecure=True)
+    insecure.spawn()
+    try:
+        wait_until(lambda: " serves " in insecure.log() or insecure.exit_code is not None, 60, "it serves")
+        answered = httpx.get(f"{insecure.url}/health/live").status_code
+        code = insecure.stop()
+    finally:
+        insecure.kill()
 
-        assert "INSECURE" in said
-        assert "0.0.0.0" in said
+    assert (answered, code) == (200, 0)
+    warnings = [record for record in insecure.log_records() if record["level"] == "WARNING"]
+    assert any("INSECURE" in one["message"] and "0.0.0.0" in one["message"] for one in warnings)
 
 
 def test_the_log_role_runs_by_itself_with_metrics(tmp_path: Path) -> None:
@@ -686,6 +689,15 @@ def test_the_log_role_runs_by_itself_with_metrics(tmp_path: Path) -> None:
     assert "phoenix_log_heartbeat_timestamp_seconds" in metrics.text
     assert nothing.status_code == 404
     assert code == 0
+
+
+def test_metrics_are_not_shown_to_others_without_insecure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is refused wherever something listens on it."""
+    monkeypatch.setenv("PHOENIX_HOST", "0.0.0.0")
+
+    done = run("work", "log", "--metrics-port", str(free_port()), code=1)
+
+    assert "--insecure" in done.stderr
 
 
 def test_a_metrics_port_in_use_is_said_to_be(run: Run) -> None:

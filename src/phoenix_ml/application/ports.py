@@ -95,7 +95,10 @@ class ArtifactStore(Protocol):
     """Immutable files under their SHA-256."""
 
     def put(self, source: Path) -> StoredArtifact:
-        """A copy of the file. Putting the same bytes again is a no-op."""
+        """A copy of the file. Putting the same bytes again is a no-op.
+
+        Raises ArtifactStoreUnavailable when it cannot be written, or the source cannot be read.
+        """
         ...
 
     def fetch(self, uri: str, sha256: str) -> Path:

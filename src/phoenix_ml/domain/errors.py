@@ -32,6 +32,7 @@ PhoenixError
 ├── Unavailable                   try again later; Retry-After says when
 │   ├── FeatureStoreUnavailable   feature_store_unavailable
 │   ├── DatabaseUnavailable       database_unavailable
+│   ├── ArtifactStoreUnavailable  artifact_store_unavailable  no space, or no permission
 │   ├── ServerUnreachable         server_unreachable       said by the command line
 │   └── Overloaded                overloaded
 │       └── JournalFull           journal_full             the answer could not be put on record
@@ -164,6 +165,10 @@ class FeatureStoreUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     code = "database_unavailable"
+
+
+class ArtifactStoreUnavailable(Unavailable):
+    code = "artifact_store_unavailable"
 
 
 class ServerUnreachable(Unavailable):

@@ -1,5 +1,6 @@
 """How many processors this process may really use."""
 
+import contextlib
 import os
 from math import ceil
 from pathlib import Path
@@ -18,11 +19,10 @@ def cpu_limit(cgroup: Path = _CGROUP) -> int:
         quota, period = (cgroup / "cpu.max").read_text().split()
         if quota != "max":
             limits.append(int(quota) / int(period))
-    except FileNotFoundError:
-        try:  # the older layout of control groups
+    except (OSError, ValueError):
+        # The older layout of control groups; where neither can be read, the affinity mask is all we know.
+        with contextlib.suppress(OSError, ValueError):
             quota_us = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
             if quota_us > 0:
                 limits.append(quota_us / int((cgroup / "cpu/cpu.cfs_period_us").read_text()))
-        except FileNotFoundError:
-            pass
     return max(1, ceil(min(limits)))

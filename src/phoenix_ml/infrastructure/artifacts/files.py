@@ -1,13 +1,15 @@
 """Artifacts in a local folder, each under its SHA-256. See ``ArtifactStore`` in the ports."""
 
+import errno
 import os
 import re
+import stat
 import tempfile
 from hashlib import sha256
 from pathlib import Path
 
 from phoenix_ml.application.ports import StoredArtifact
-from phoenix_ml.domain.errors import ModelLoadFailed
+from phoenix_ml.domain.errors import ArtifactStoreUnavailable, ModelLoadFailed
 
 _BLOCK_BYTES = 1 << 20
 # The only form of URI that the store hands out, so nothing else can lead anywhere.
@@ -19,6 +21,14 @@ class FileArtifacts:
         self._folder = folder
 
     def put(self, source: Path) -> StoredArtifact:
+        try:
+            return self._put(source)
+        except OSError as exc:
+            raise ArtifactStoreUnavailable(
+                f"the artifact cannot be stored in {self._folder}: {exc.strerror}", folder=str(self._folder)
+            ) from exc
+
+    def _put(self, source: Path) -> StoredArtifact:
         self._folder.mkdir(parents=True, exist_ok=True)
         digest = sha256()
         with source.open("rb") as given, tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as copy:
@@ -33,7 +43,7 @@ class FileArtifacts:
                 path = self._locate(uri)
                 is_new = not path.exists()
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Path(copy.name).chmod(0o444)
+                Path(copy.name).chmod(0o440)
                 # Also over an existing file: should that one be damaged, this heals it.
                 Path(copy.name).replace(path)
             except BaseException:
@@ -45,8 +55,7 @@ class FileArtifacts:
         path = self._locate(uri)
         try:
             # A link would let whoever can write to the folder lead the server out of it.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(descriptor, "rb") as file:
+            with open(path, "rb", opener=_open_regular) as file:  # noqa: PTH123 - Path.open has no opener
                 digest = sha256()
                 while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
@@ -72,3 +81,12 @@ class FileArtifacts:
         if not _URI.fullmatch(uri) or path.parent.resolve() != (self._folder.resolve() / uri).parent:
             raise ModelLoadFailed(f"the artifact URI {uri!r} leads out of the store", uri=uri)
         return path
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A descriptor of a file that is one: no link, folder or pipe, on which a read would wait for ever."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor

@@ -198,7 +198,8 @@ def _roles(outputs: tuple[TensorSpec, ...], task: str | None) -> tuple[str | Non
         raise ModelRefused(f"task {task!r} is not known; it is {' or '.join(Task)}", task=task)
     labels = [o for o in outputs if o.type in _LABEL_TYPES and len(o.shape) <= 2]
     maps = [o for o in outputs if o.type in _ZIPMAPS]
-    floats = [o for o in outputs if o.type in _FLOAT_TYPES and 1 <= len(o.shape) <= 2]
+    numbers = _FLOAT_TYPES | {"int64", "int32"} if task == Task.REGRESSION else _FLOAT_TYPES
+    floats = [o for o in outputs if o.type in numbers and 1 <= len(o.shape) <= 2]
     scores = next(iter(maps + floats), None)
     if task != Task.REGRESSION and labels:
         return labels[0].name, scores.name if scores else None, Task.CLASSIFICATION

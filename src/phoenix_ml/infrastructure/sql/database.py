@@ -157,7 +157,8 @@ class Database:
         except (IntegrityError, DataError):
             raise
         except (OperationalError, DBAPIError, PoolTimeoutError) as exc:
-            reason = str(exc.orig if isinstance(exc, DBAPIError) else exc).strip().splitlines()[0]
+            words = str(exc.orig if isinstance(exc, DBAPIError) else exc).strip()
+            reason = words.partition("\n")[0] or type(exc).__name__
             raise DatabaseUnavailable(
                 f"the database {self.name} does not answer: {reason}", database=self.name
             ) from exc

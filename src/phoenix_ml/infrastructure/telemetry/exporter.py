@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
 
 
 @contextmanager
 def export_metrics(folder: Path, host: str, port: int | None) -> Iterator[None]:
-    """Serves ``/metrics`` and ``/health/live`` on the port within the block; does nothing without one."""
+    """Serves ``/metrics`` and ``/health/live`` on the port within the block; does nothing without one.
+
+    Raises Misconfigured for a port that cannot be had.
+    """
     if port is None:
         yield
         return
@@ -37,7 +41,16 @@ def export_metrics(folder: Path, host: str, port: int | None) -> Iterator[None]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             """Scrapes are not worth a line each."""
 
-    with ThreadingHTTPServer((host, port), Handler) as server:
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise Misconfigured(
+            f"cannot listen on {host}:{port}: {reason}; choose another --metrics-port"
+        ) from exc
+    with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield
-        server.shutdown()
+        try:
+            yield
+        finally:
+            server.shutdown()
