@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phoenix_ml.domain.errors import ModelLoadFailed
+from phoenix_ml.domain.errors import ArtifactStoreUnavailable, ModelLoadFailed
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
 
 BYTES = b"the bytes of a model " * 1000
@@ -166,7 +166,7 @@ def test_bytes_under_another_digest_are_damage(store: FileArtifacts, source: Pat
 
 def test_a_source_that_cannot_be_read_leaves_nothing_behind(store: FileArtifacts, folder: Path) -> None:
     """Neither an artifact nor a temporary file."""
-    with pytest.raises(OSError, match="no-such"):
+    with pytest.raises(ArtifactStoreUnavailable, match="No such file"):
         store.put(folder / "no-such-file")
     assert files_in(folder) == []
 

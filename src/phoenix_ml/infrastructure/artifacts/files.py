@@ -55,7 +55,7 @@ class FileArtifacts:
         path = self._locate(uri)
         try:
             # A link would let whoever can write to the folder lead the server out of it.
-            with open(path, "rb", opener=_open_regular) as file:  # noqa: PTH123 - Path.open has no opener
+            with open(path, "rb", opener=_open_regular) as file:
                 digest = sha256()
                 while block := file.read(_BLOCK_BYTES):
                     digest.update(block)

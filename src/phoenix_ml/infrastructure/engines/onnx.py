@@ -198,9 +198,10 @@ def _roles(outputs: tuple[TensorSpec, ...], task: str | None) -> tuple[str | Non
         raise ModelRefused(f"task {task!r} is not known; it is {' or '.join(Task)}", task=task)
     labels = [o for o in outputs if o.type in _LABEL_TYPES and len(o.shape) <= 2]
     maps = [o for o in outputs if o.type in _ZIPMAPS]
-    numbers = _FLOAT_TYPES | {"int64", "int32"} if task == Task.REGRESSION else _FLOAT_TYPES
-    floats = [o for o in outputs if o.type in numbers and 1 <= len(o.shape) <= 2]
-    scores = next(iter(maps + floats), None)
+    floats = [o for o in outputs if o.type in _FLOAT_TYPES and 1 <= len(o.shape) <= 2]
+    # What would be a label is a number where somebody says so, such as a count.
+    counts = [o for o in labels if o.type in ("int64", "int32")] if task == Task.REGRESSION else []
+    scores = next(iter(maps + floats + counts), None)
     if task != Task.REGRESSION and labels:
         return labels[0].name, scores.name if scores else None, Task.CLASSIFICATION
     if scores is None:
