@@ -75,6 +75,8 @@ async def serve(
             access_log=False,
             log_config=None,
             server_header=False,
+            # Whoever may connect could claim any address in the audit log.
+            proxy_headers=False,
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )

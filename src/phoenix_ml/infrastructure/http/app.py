@@ -42,7 +42,7 @@ from phoenix_ml.infrastructure.telemetry.logs import request_id_var
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
 
 log = logging.getLogger(__name__)
-# The log role takes a step at least every 50 ms, and waits 5 s at most while the database is down.
+# The log role takes a step at least every 100 ms, and waits 5 s at most while the database is down.
 _LOG_SILENT_S = 15.0
 Asgi = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 
