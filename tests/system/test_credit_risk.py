@@ -102,3 +102,18 @@ def test_demo_never_removes_a_folder_that_it_did_not_make(tmp_path: Path) -> Non
     assert ended.returncode == 1
     assert "was not made by the demo" in " ".join(ended.stderr.split())
     assert (tmp_path / "thesis.txt").read_text() == "final"
+
+
+def test_demo_leaves_alone_a_demo_that_still_serves(tmp_path: Path) -> None:
+    """A second `make demo` in another terminal must not pull the data from under the first."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "made-by-phoenix-demo").touch()
+    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--exit", "--data", str(tmp_path / "data")]
+
+    with PhoenixServer(tmp_path) as server:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        still = httpx.get(f"{server.url}/health/ready").json()
+
+    assert ended.returncode == 1
+    assert "is being served already" in " ".join(ended.stderr.split())
+    assert still["status"] == "ok"

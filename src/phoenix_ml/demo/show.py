@@ -30,6 +30,7 @@ from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import Stage
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.infrastructure.tables import open_table, read_columns
+from phoenix_ml.processes.supervisor import sole_supervisor
 from phoenix_ml.settings import load_settings
 
 _MARKER = "made-by-phoenix-demo"
@@ -77,11 +78,12 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
 
 
 def _renew(data: Path) -> None:
-    """An empty folder. Only one that an earlier demo made is removed."""
+    """An empty folder. Only one that an earlier demo made, and that nobody serves now, is removed."""
     if data.exists() and any(data.iterdir()):
         if not (data / _MARKER).exists():
             raise Misconfigured(f"{data} exists and was not made by the demo: give another --data")
-        shutil.rmtree(data)
+        with sole_supervisor(data / "run"):
+            shutil.rmtree(data)
     data.mkdir(parents=True, exist_ok=True)
     (data / _MARKER).touch()
 

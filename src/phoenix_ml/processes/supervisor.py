@@ -98,7 +98,7 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
     with ExitStack() as stack:
-        stack.enter_context(_sole_supervisor(settings.run_folder))
+        stack.enter_context(sole_supervisor(settings.run_folder))
         phoenix.database.upgrade_if_embedded()
         clear(settings.metrics_folder)
         metrics = stack.enter_context(MetricsWriter(settings.metrics_folder / "supervisor.mmap"))
@@ -187,7 +187,8 @@ def _stop(children: list[Child], background: Child, settings: Settings) -> None:
 
 
 @contextmanager
-def _sole_supervisor(run_folder: Path) -> Iterator[None]:
+def sole_supervisor(run_folder: Path) -> Iterator[None]:
+    """Within the block nobody else serves the folder. Raises Misconfigured when somebody does already."""
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / "serve.lock").open("a+") as file:
         try:
