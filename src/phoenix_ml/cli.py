@@ -113,6 +113,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="TCP port; 0 takes a free one.")
 @click.option("--workers", type=int, help="API processes.")
+@click.option("--roles", type=click.Choice(["log", "none"]), help="What the background process does.")
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
 @data_option
 @example("phoenix-ml serve --port 8000 --workers 2 --data ./phoenix-data")

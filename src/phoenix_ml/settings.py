@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
+    roles: Literal["log", "none"] = Field(
+        "log", description="What the background process of `serve` does: `log`, or `none` to start none."
+    )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
 
     body_limit_bytes: int = Field(10 * _MIB, ge=1024, description="Largest JSON body.")

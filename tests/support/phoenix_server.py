@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +35,7 @@ START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 60.0
 RESTART_DEADLINE_S = 30.0
 COMMAND_DEADLINE_S = 60.0
-LOG_TAIL_LINES = 60
+LOG_TAIL_LINES = 150
 
 
 class PhoenixServer:
@@ -81,7 +81,8 @@ class PhoenixServer:
         """The environment of the server, and of commands that are to see what it sees."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PHOENIX_")}
         given = {f"PHOENIX_{name.upper()}": str(value) for name, value in self._settings.items()}
-        return inherited | given | {"COLUMNS": "500"}  # so that no line of the log is folded
+        # No line of the log is folded, and a process that is aborted says what it was doing.
+        return inherited | given | {"COLUMNS": "500", "PYTHONFAULTHANDLER": "1"}
 
     def start(self) -> None:
         """Returns when every process is ready. Raises ServerError, with the log's end, when that fails."""
@@ -89,6 +90,7 @@ class PhoenixServer:
         try:
             wait_until(lambda: self.is_ready or self.exit_code is not None, START_DEADLINE_S, "it is ready")
         except TimeoutError as late:
+            self._dump_stacks()
             self.kill()
             raise self._error(f"was not ready within {START_DEADLINE_S} s") from late
         if not self.is_ready:
@@ -268,6 +270,16 @@ class PhoenixServer:
             if activate:
                 registered = phoenix.registry.set_active(model_id, version, True, "test")
         return registered
+
+    def _dump_stacks(self) -> None:
+        """Ends every process in a way that leaves the stacks of its threads in the log."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        children = _children_of(self._process.pid)
+        for pid in [self._process.pid, *children]:
+            _send(pid, signal.SIGABRT)
+        with suppress(TimeoutError):
+            wait_until(lambda: not any(map(_command_line, children)), 5, "they have ended")
 
     def _error(self, what: str) -> ServerError:
         tail = "\n".join(self.log(all_starts=False).splitlines()[-LOG_TAIL_LINES:])

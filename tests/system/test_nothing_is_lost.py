@@ -216,3 +216,26 @@ def test_outcomes_attach_whether_they_come_before_or_after_the_row(server: Phoen
         await_logged(phoenix, MODEL, set(traffic.answers))
         wait_until(lambda: phoenix.prediction_log.unmatched_outcomes(1)[0] == 0, 30, "all are matched")
         assert {phoenix.prediction_log.get(prediction_id).outcome for prediction_id in traffic.answers} == {1}
+
+
+def test_log_role_by_itself_writes_what_a_server_without_one_has_answered(tmp_path: Path) -> None:
+    """Roles can be split over processes; meanwhile readiness says that nobody writes the log."""
+    server = PhoenixServer(tmp_path, roles="none")
+    server.register(write(tmp_path / "model.onnx", linear_regressor(3)), MODEL, "1.0.0")
+    with server:
+        traffic = Traffic(server.url, make_body)
+        traffic.ask(50, clients=2)
+        slots = server.pids()
+        before = httpx.get(f"{server.url}/health/ready").json()
+        worker = server.popen("work", "log", log=tmp_path / "work.log")
+        with server.opened() as phoenix:
+            rows = await_logged(phoenix, MODEL, set(traffic.answers))
+        after = httpx.get(f"{server.url}/health/ready").json()
+        worker.terminate()
+
+    assert list(slots) == ["api-0"]
+    assert before["status"] == "degraded"
+    assert "no log role" in before["checks"]["log"]
+    assert after["status"] == "ok"
+    assert worker.wait(30) == 0
+    assert_exactly_once(traffic, rows)

@@ -107,14 +107,13 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         lifeline, held_end = os.pipe()
         stack.callback(os.close, held_end)
         environment = os.environ | settings.environment() | {"PHOENIX_PORT": str(port)}
-        background = Child("background", "phoenix_ml.processes.background", (lifeline,))
-        children = [
-            background,
-            *(
-                Child(f"api-{n}", "phoenix_ml.processes.api", (listener.fileno(), lifeline))
-                for n in range(settings.workers)
-            ),
+        apis = [
+            Child(f"api-{n}", "phoenix_ml.processes.api", (listener.fileno(), lifeline))
+            for n in range(settings.workers)
         ]
+        with_background = settings.roles != "none"
+        background = [Child("background", "phoenix_ml.processes.background", (lifeline,))] * with_background
+        children = [*background, *apis]
         for child in children:
             child.start(environment)
         os.set_inheritable(held_end, False)
@@ -122,7 +121,7 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         code = _watch(children, environment, metrics, stopping, lambda: announce(url))
         # Callers that come now are refused at once: held open, it would let them wait for nobody.
         listener.close()
-        _stop(children, background, settings)
+        _stop(apis, background, settings)
     return code
 
 
@@ -174,16 +173,16 @@ def _watch(
     return 0
 
 
-def _stop(children: list[Child], background: Child, settings: Settings) -> None:
+def _stop(apis: list[Child], background: list[Child], settings: Settings) -> None:
     """First the API processes, so that the background process finds finished journals."""
     deadline = time.monotonic() + settings.stop_timeout_s + 5
-    apis = [child for child in children if child is not background]
     for child in apis:
         child.signal(signal.SIGTERM)
     for child in apis:
         child.wait(deadline)
-    background.signal(signal.SIGTERM)
-    background.wait(time.monotonic() + _LOG_STOP_S)
+    for child in background:
+        child.signal(signal.SIGTERM)
+        child.wait(time.monotonic() + _LOG_STOP_S)
 
 
 @contextmanager
