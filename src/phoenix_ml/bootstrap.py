@@ -95,7 +95,8 @@ def open_engines(settings: Settings) -> Engines:
     from phoenix_ml.infrastructure.cpu import cpu_limit
     from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 
-    return OnnxEngines(settings.engine_threads or cpu_limit())
+    # More threads than processors only wait for each other.
+    return OnnxEngines(min(settings.engine_threads or cpu_limit(), cpu_limit()))
 
 
 def _scheme(url: str) -> str:

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
         250, ge=10, le=1000, description="How often API processes look for registry changes."
     )
     engine_threads: int = Field(
-        1, ge=0, description="Threads of one engine run; 0 is as many as the container's CPU limit."
+        1, ge=0, description="Threads of one engine run, at most the container's CPU limit; 0 is that limit."
     )
 
     journal_limit_bytes: int = Field(

@@ -116,7 +116,6 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         children = [*background, *apis]
         for child in children:
             child.start(environment)
-        os.set_inheritable(held_end, False)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         code = _watch(children, environment, metrics, stopping, lambda: announce(url))
         # Callers that come now are refused at once: held open, it would let them wait for nobody.
