@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
-import servers
+from databases import empty
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import PostgresServer
@@ -39,7 +39,6 @@ from phoenix_ml.domain.routing import Role, Strategy
 from phoenix_ml.domain.rows import Column, ElementType, RowFormat, Scalar
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.events.local import DeadLetters, LocalEvents
-from phoenix_ml.infrastructure.sql import schema
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
@@ -88,36 +87,6 @@ def outcome(prediction_id: str, value: Any = 1, observed_at_ms: int = AT_MS, **f
 
 def recorded(*events: PredictionMade | OutcomeReported) -> list[RecordedEvent]:
     return [RecordedEvent(event, msgspec.msgpack.encode(event), COLUMNS) for event in events]
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def url(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _given_postgres_url: str | None
-) -> Iterator[str]:
-    """Each kind of database, with its tables, shared by the module's tests: ``database`` empties them."""
-    if request.param == "sqlite":
-        new_url = f"sqlite:///{tmp_path_factory.mktemp('database') / 'phoenix.db'}"
-    else:
-        server_url = _given_postgres_url or ""
-        if not server_url:
-            server: PostgresServer = request.getfixturevalue("postgres_server")
-            server.start()
-            server_url = server.url
-        new_url = servers.create_database(server_url)
-    with closing(Database(new_url)) as database:
-        database.upgrade()
-    yield new_url
-    if request.param == "postgresql":
-        servers.drop_database(server_url, new_url)
-
-
-def empty(database: Database) -> None:
-    """Removes all rows, so that a test finds the database as a migration leaves it."""
-    with database.write() as connection:
-        for table in reversed(schema.metadata.sorted_tables):
-            if table is not schema.counters:
-                connection.execute(table.delete())
-        connection.execute(schema.counters.update().values(value=0))
 
 
 def add_models(database: Database) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-import servers
+from databases import empty
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET
@@ -32,7 +32,6 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
-from phoenix_ml.infrastructure.sql import schema
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 
@@ -64,36 +63,6 @@ def a_version(number: str = "1.0.0", model_id: str = "risk", **facts: Any) -> Mo
         metadata=METADATA,
     )
     return msgspec.structs.replace(version, **facts)
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def url(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _given_postgres_url: str | None
-) -> Iterator[str]:
-    """Each kind of database, with its tables, shared by the module's tests: ``database`` empties them."""
-    if request.param == "sqlite":
-        new_url = f"sqlite:///{tmp_path_factory.mktemp('database') / 'phoenix.db'}"
-    else:
-        server_url = _given_postgres_url or ""
-        if not server_url:
-            server: PostgresServer = request.getfixturevalue("postgres_server")
-            server.start()
-            server_url = server.url
-        new_url = servers.create_database(server_url)
-    with closing(Database(new_url)) as database:
-        database.upgrade()
-    yield new_url
-    if request.param == "postgresql":
-        servers.drop_database(server_url, new_url)
-
-
-def empty(database: Database) -> None:
-    """Removes all rows, so that a test finds the database as a migration leaves it."""
-    with database.write() as connection:
-        for table in reversed(schema.metadata.sorted_tables):
-            if table is not schema.counters:
-                connection.execute(table.delete())
-        connection.execute(schema.counters.update().values(value=0))
 
 
 @pytest.fixture

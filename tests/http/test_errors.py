@@ -76,6 +76,7 @@ ELSEWHERE = {
     "database_unavailable": (503, "test_dependencies.py"),
     "overloaded": (503, "test_operations.py"),
     "journal_full": (503, "test_operations.py"),
+    "artifact_store_unavailable": (503, "test_operations.py"),
     "model_load_failed": (500, "test_operations.py"),
 }
 # The first two are said by the command line; the third is a defect, which no request brings about at will.

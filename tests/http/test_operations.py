@@ -461,6 +461,29 @@ def test_too_many_waiting_requests_are_refused_at_once_and_all_others_answered(
     assert len(refusals) <= 400 - 256
 
 
+def test_an_artifact_store_that_cannot_be_written_is_no_fault_of_the_model(troubled: PhoenixServer) -> None:
+    """A full disk is the operator's to mend, and the upload may be tried again."""
+    store = troubled.data / "artifacts"
+    aside = store.rename(troubled.data / "aside")
+    store.touch()
+    new = zoo.linear(troubled.folder / "new.onnx", [1, 1]).read_bytes()
+    model = {"model": '{"id": "new", "version": "1.0.0"}'}
+    lane = ServerLane(troubled.url)
+    try:
+        refusal = lane.request("POST", "/models", files={"artifact": new}, data=model)
+        meanwhile = ok(lane.request("POST", "/predict", json=ABC))
+    finally:
+        store.unlink()
+        aside.rename(store)
+    registered = ok(lane.request("POST", "/models", files={"artifact": new}, data=model), 201)
+    lane.close()
+
+    refused(refusal, 503, "artifact_store_unavailable")
+    assert int(refusal.headers["retry-after"]) >= 1
+    assert meanwhile["result"] == 14
+    assert registered["id"] == "new"
+
+
 def test_a_stop_finishes_what_is_in_flight_and_exits_with_0(troubled: PhoenixServer) -> None:
     """A deployment stops servers all day long, and nobody should notice."""
     connections = [connect(troubled) for _ in range(60)]
