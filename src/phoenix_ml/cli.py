@@ -165,7 +165,10 @@ def db() -> None:
 def db_upgrade(data: Path | None) -> None:
     """Bring the database's tables to this version; safe to run again."""
     phoenix = bootstrap(load_settings(data=data))
-    revision = phoenix.database.upgrade()
+    try:
+        revision = phoenix.database.upgrade()
+    finally:
+        phoenix.database.close()
     click.echo(f"{phoenix.database.name} is at revision {revision}")
 
 

@@ -8,7 +8,6 @@ in another process, so they always take the hop.
 import asyncio
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -21,6 +20,7 @@ from phoenix_ml.domain.errors import FeatureStoreUnavailable
 from phoenix_ml.domain.features import FeatureType, StoredFeatures
 from phoenix_ml.domain.rows import Scalar
 from phoenix_ml.infrastructure.features.values import NATIVE, Given, as_type, checked
+from phoenix_ml.infrastructure.sqlite import enter_wal_mode
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS features (
@@ -180,18 +180,8 @@ class SqliteFeatures:
 
     def _create(self) -> None:
         """Makes the file a feature store, while other processes may be doing the same."""
-        give_up_at = time.monotonic() + _WRITE_PATIENCE_S
-        while True:
-            try:
-                self._writer.execute("PRAGMA journal_mode = WAL")
-                self._writer.execute(_SCHEMA)
-            except sqlite3.OperationalError as error:
-                # Changing the journal mode does not wait for locks: SQLite reports it busy at once.
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
+        enter_wal_mode(self._writer, _WRITE_PATIENCE_S)
+        self._writer.execute(_SCHEMA)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

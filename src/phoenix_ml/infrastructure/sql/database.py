@@ -23,9 +23,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, Misconfigured
 from phoenix_ml.infrastructure.sql.schema import HEAD_REVISION, counters
+from phoenix_ml.infrastructure.sqlite import enter_wal_mode
 
 log = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_PATIENCE_S = 15.0
 # Any number, the same for all who migrate one PostgreSQL database.
 _MIGRATION_LOCK = 0x50484F454E4958
 
@@ -50,7 +52,7 @@ class Database:
                 raise Misconfigured(
                     f"PHOENIX_DATABASE: the folder of {parsed.database} cannot be made: {exc.strerror}"
                 ) from exc
-            options["connect_args"] = {"timeout": 15.0}
+            options["connect_args"] = {"timeout": _PATIENCE_S}
         elif parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
             options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
@@ -200,7 +202,7 @@ def _to_json(value: Any) -> str:
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # transactions begin where _begin_sqlite says
-    connection.execute("PRAGMA journal_mode=WAL")
+    enter_wal_mode(connection, _PATIENCE_S)
     # A journal segment is deleted after the commit, so a commit must survive a power loss.
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
