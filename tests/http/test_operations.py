@@ -163,7 +163,8 @@ def test_journal_bytes_and_lag_rise_while_nothing_is_logged_and_fall_after(
     http: Lane, server: PhoenixServer
 ) -> None:
     """The gauges that tell of a log that stands still, before the disk is full."""
-    assert total(http, "phoenix_journal_bytes") > 0
+    ok(http.request("POST", "/predict", json={"model_id": "abc", "features": [1, 2, 3]}))
+    wait_until(lambda: total(http, "phoenix_journal_bytes") > 0, 15, "the gauge tells of the journal's bytes")
     server.kill_child("background", signal.SIGSTOP)
     try:
         answer = ok(http.request("POST", "/predict", json={"model_id": "abc", "features": [1, 2, 3]}))
@@ -538,3 +539,11 @@ def test_an_error_without_a_body_is_an_error_of_the_same_shape(http: Lane) -> No
     """Nothing answers with a bare text."""
     for path in ("/models/nowhere", "/features/nobody", "/nowhere"):
         error_of(http.request("GET", path))
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_health_answers_head_requests(http: Lane, path: str) -> None:
+    """Some load balancers ask with HEAD."""
+    response = http.request("HEAD", path)
+
+    assert (response.status_code, response.content) == (200, b"")

@@ -226,6 +226,31 @@ def test_a_request_without_an_id_gets_one_that_the_log_has_too(lane: Lane) -> No
     assert logged(lane, ok(response)["prediction_id"])["request_id"] == request_id
 
 
+def test_the_headers_request_id_is_the_rows_where_the_body_has_none(lane: Lane) -> None:
+    """Proxies and tracing libraries put their id there, not into the body."""
+    request_id = unique("trace")
+
+    response = lane.request(
+        "POST",
+        "/predict",
+        json={"model_id": "abc", "features": [1, 2, 3]},
+        headers={"x-request-id": request_id},
+    )
+
+    assert response.headers["x-request-id"] == request_id
+    assert logged(lane, ok(response)["prediction_id"])["request_id"] == request_id
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/feedback"])
+def test_a_refused_call_answers_an_id_too(lane: Lane, path: str) -> None:
+    """It is what a caller quotes, and what our log line bears."""
+    given = lane.request("POST", path, content=b"{", headers={"x-request-id": "trace-7"})
+    made = lane.request("POST", path, content=b"{")
+
+    assert given.headers["x-request-id"] == "trace-7"
+    assert len(made.headers["x-request-id"]) == 36
+
+
 def test_a_request_that_fails_keeps_its_id(lane: Lane) -> None:
     """Failures are what people ask about."""
     request_id = unique("req")

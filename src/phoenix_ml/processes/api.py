@@ -124,6 +124,8 @@ async def _follow_registry(live: LiveModels, poll_s: float, looked: asyncio.Even
             if not was_down:
                 log.warning("the registry is not followed: %s", exc.message)
             was_down = True
+        except Exception:
+            log.exception("a look at the registry failed; the next one follows")
         looked.set()
         await asyncio.sleep(poll_s)
 

@@ -85,6 +85,7 @@ def explored_app(
         version=__version__,
         description=_DESCRIPTION,
         redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Depends(_refuse_nul)],
     )
     _map_errors(app)
@@ -123,11 +124,13 @@ def explored_app(
     def console() -> Response:
         return RedirectResponse("/docs")
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operations"])
     async def live_check() -> Response:
         """200 while the process answers at all."""
         return answer({"status": "ok"})
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operations"])
     async def ready_check() -> Response:
         """What each dependency says. 503 only when predictions cannot be answered at all."""

@@ -13,7 +13,8 @@ from phoenix_ml.application.ports import Journal
 from phoenix_ml.application.predict import Predict
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.domain.errors import InternalError, PhoenixError
-from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive, read_body
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive, read_body, too_large
 from phoenix_ml.infrastructure.http.codec import (
     decode_batch,
     decode_feedback,
@@ -50,7 +51,7 @@ class PredictionCalls:
         self._meter = meter
         self._body_limit_bytes = body_limit_bytes
         self._batch_limit = batch_limit
-        self.by_path: Mapping[str, Callable[[bytes, float], Awaitable[Answer]]] = {
+        self.by_path: Mapping[str, Callable[[bytes, float, str], Awaitable[Answer]]] = {
             "/predict": self.predict,
             "/predict/batch": self.predict_batch,
             "/feedback": self.feedback,
@@ -59,25 +60,35 @@ class PredictionCalls:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """The ASGI application of the calls in ``by_path``."""
         started = time.perf_counter()
+        request_id, length = "", 0
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                request_id = value.decode("latin-1")[:128]
+            elif name == b"content-length" and value.isdigit():
+                length = int(value)
         try:
+            if length > self._body_limit_bytes:
+                raise too_large(self._body_limit_bytes)
             body = await read_body(receive, self._body_limit_bytes)
         except ClientDisconnected:
             return
         except PhoenixError as exc:
-            status, payload, headers = self._refuse(exc, OTHER, "", started)
+            status, payload, headers = self._refuse(exc, OTHER, request_id, started)
             # The rest of the body is not read, so the connection cannot be used again.
             headers.append((b"connection", b"close"))
         else:
-            status, payload, headers = await self.by_path[scope["path"]](body, started)
+            status, payload, headers = await self.by_path[scope["path"]](body, started, request_id)
         headers += ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload)))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": payload})
 
-    async def predict(self, body: bytes, started: float) -> Answer:
-        model_id, request_id = OTHER, ""
+    async def predict(self, body: bytes, started: float, request_id: str) -> Answer:
+        """``request_id`` is the header's; one in the body comes before it."""
+        model_id = OTHER
         try:
             request = decode_prediction(body)
-            model_id, request_id = request.model_id, request.request_id or ""
+            model_id = request.model_id
+            request_id = request.request_id = request.request_id or request_id
             answer = await self._predict.one(request, started)
             payload = encode_json(describe_answer(answer))
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
@@ -88,7 +99,7 @@ class PredictionCalls:
         )
         return 200, payload, _request_id_header(event.request_id)
 
-    async def predict_batch(self, body: bytes, started: float) -> Answer:
+    async def predict_batch(self, body: bytes, started: float, request_id: str) -> Answer:
         model_id = OTHER
         try:
             request = decode_batch(body)
@@ -96,24 +107,25 @@ class PredictionCalls:
             answers = await self._predict.batch(request, started)
             payload = encode_json({"predictions": [describe_answer(answer) for answer in answers]})
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
-            return self._refuse(exc, model_id, "", started)
+            return self._refuse(exc, model_id, request_id, started)
         versions = {answer.event.model_version for answer in answers}
         version = versions.pop() if len(versions) == 1 else "several"
         self._meter.requested(model_id, version, "batch", 200, time.perf_counter() - started)
-        return 200, payload, []
+        return 200, payload, _request_id_header(request_id or new_id())
 
-    async def feedback(self, body: bytes, started: float) -> Answer:
+    async def feedback(self, body: bytes, started: float, request_id: str) -> Answer:
         try:
             accepted = report_outcomes(self._journal, decode_feedback(body), limit=self._batch_limit)
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
-            return self._refuse(exc, OTHER, "", started)
+            return self._refuse(exc, OTHER, request_id, started)
         self._meter.requested(OTHER, "", "feedback", 202, time.perf_counter() - started)
-        return 202, encode_json({"accepted": accepted}), []
+        return 202, encode_json({"accepted": accepted}), _request_id_header(request_id or new_id())
 
     def _refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
         """The answer to a request that failed; a defect of ours is logged, not shown."""
         error = exc if isinstance(exc, PhoenixError) else InternalError(DEFECT)
         status = status_of(error)
+        request_id = request_id or new_id()
         if status >= 500:
             log.error(
                 "%s: %s",
@@ -132,6 +144,6 @@ class PredictionCalls:
 
 def _request_id_header(request_id: str) -> list[tuple[bytes, bytes]]:
     """The header; none for an id that could not stand in one, such as one with a line break."""
-    if request_id and request_id.isascii() and request_id.isprintable():
+    if request_id.isascii() and request_id.isprintable():
         return [(b"x-request-id", request_id.encode())]
     return []
