@@ -407,3 +407,28 @@ def test_many_entities_are_stored_at_once_or_not_at_all(http: Lane) -> None:
 
     assert written == {"written": 2}
     assert ok(http.request("GET", f"/features/{two}"))["features"] == {"b": 2}
+
+
+@pytest.mark.parametrize("path", ["/models", "/audit"])
+def test_pages_of_a_list_hold_every_item_once(http: Lane, artifact: bytes, path: str) -> None:
+    """Whoever follows the cursors sees what one long page would show."""
+    for version in ("1.0.0", "1.1.0", "1.1.0+build.2"):
+        ok(upload(http, artifact, id=unique("page"), version=version), 201)
+    whole = ok(http.request("GET", path, params={"limit": 1000}))
+
+    paged: list[Any] = []
+    page = ok(http.request("GET", path, params={"limit": 2}))
+    while True:
+        paged += page["items"]
+        if page["next_cursor"] is None:
+            break
+        page = ok(http.request("GET", path, params={"limit": 2, "cursor": page["next_cursor"]}))
+
+    assert whole["next_cursor"] is None
+    assert paged == whole["items"]
+
+
+@pytest.mark.parametrize("path", ["/models", "/audit"])
+def test_a_cursor_that_no_page_has_answered_is_refused(http: Lane, path: str) -> None:
+    """It must not silently start over: the caller would read the same items for ever."""
+    refused(http.request("GET", path, params={"cursor": "nowhere"}), 422, "invalid_field")

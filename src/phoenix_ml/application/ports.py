@@ -115,8 +115,9 @@ class ArtifactStore(Protocol):
 
 
 class AuditEntry(Struct, frozen=True):
-    """Who did what to which model, and when."""
+    """Who did what to which model, and when. Ids grow with time."""
 
+    id: int
     at_ms: int
     actor: str
     action: str
@@ -167,8 +168,8 @@ class Registry(Protocol):
         """A number that grows with every change; cheap, for polling."""
         ...
 
-    def audit(self, limit: int = 100) -> list[AuditEntry]:
-        """The newest entries first."""
+    def audit(self, limit: int = 100, before: int | None = None) -> list[AuditEntry]:
+        """The newest entries first; with ``before``, the newest of those older than that id."""
         ...
 
 

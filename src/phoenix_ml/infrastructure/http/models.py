@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -41,14 +41,20 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
         return answer(describe_version(version))
 
     @router.get("/models")
-    def list_models() -> Response:
-        """Every version of every model, with stage and activity, and the routings that were set."""
+    def list_models(limit: Annotated[int, Query(ge=1, le=1000)] = 100, cursor: str | None = None) -> Response:
+        """Versions with stage and activity, and the routings that were set; by model, then by version."""
         routings = registry.routings()
-        items = [
-            {**describe_version(version), "routing": routings.get(version.model_id)}
-            for version in registry.list_versions()
-        ]
-        return answer({"items": items, "next_cursor": None})
+        versions = registry.list_versions()
+        if cursor is not None:
+            places = {f"{version.model_id}/{version.version}": n for n, version in enumerate(versions)}
+            if cursor not in places:
+                raise InvalidField("the cursor is not one that a page has answered", field="cursor")
+            versions = versions[places[cursor] + 1 :]
+        page = versions[:limit]
+        items = [{**describe_version(version), "routing": routings.get(version.model_id)} for version in page]
+        more = len(versions) > limit
+        next_cursor = f"{page[-1].model_id}/{page[-1].version}" if more else None
+        return answer({"items": items, "next_cursor": next_cursor})
 
     @router.post(
         "/models",

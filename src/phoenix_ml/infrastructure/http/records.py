@@ -51,9 +51,14 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
         return answer({"count": count, "items": [describe_outcome(o) for o in outcomes], "next_cursor": None})
 
     @router.get("/audit", tags=["operations"])
-    def list_audit(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    def list_audit(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        cursor: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+    ) -> Response:
         """Who changed what, newest first."""
-        entries = phoenix.registry.audit(limit)
+        entries = phoenix.registry.audit(limit + 1, cursor)
+        more = len(entries) > limit
+        entries = entries[:limit]
         items = [
             {
                 "at": iso_time(entry.at_ms),
@@ -64,6 +69,6 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
             }
             for entry in entries
         ]
-        return answer({"items": items, "next_cursor": None})
+        return answer({"items": items, "next_cursor": str(entries[-1].id) if more else None})
 
     return router

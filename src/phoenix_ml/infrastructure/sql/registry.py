@@ -122,11 +122,13 @@ class SqlRegistry:
         with self._database.read() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def audit(self, limit: int = 100) -> list[AuditEntry]:
+    def audit(self, limit: int = 100, before: int | None = None) -> list[AuditEntry]:
         query = select(audit_log).order_by(audit_log.c.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(audit_log.c.id < before)
         with self._database.read() as connection:
             return [
-                AuditEntry(row.at, row.actor, row.action, row.subject, row.details)
+                AuditEntry(row.id, row.at, row.actor, row.action, row.subject, row.details)
                 for row in connection.execute(query)
             ]
 
