@@ -14,7 +14,7 @@ import uvloop
 from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, open_features
-from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable
+from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable, PhoenixError
 from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
@@ -167,15 +167,25 @@ def main() -> None:
     signals: list[int] = []
 
     async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            loop.remove_reader(lifeline_fd)
+            os.kill(os.getpid(), signal.SIGTERM)
+
         # The supervisor holds the other end: it closes when the supervisor dies, however it dies.
-        asyncio.get_running_loop().add_reader(lifeline_fd, os.kill, os.getpid(), signal.SIGTERM)
+        loop.add_reader(lifeline_fd, stop)
         await serve(bootstrap(settings), slot, listener, ready, lambda: bool(signals))
 
     # uvicorn has handlers of its own while it serves, and raises the signal again when it has stopped:
     # with the default action the process would end there, before its journal is closed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
-    uvloop.run(run())
+    try:
+        uvloop.run(run())
+    except PhoenixError as exc:
+        log.critical("%s", exc.message)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

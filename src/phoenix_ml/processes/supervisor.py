@@ -216,5 +216,4 @@ def _listen(settings: Settings) -> socket.socket:
             setting="PHOENIX_PORT",
         ) from exc
     listener.listen(2048)
-    listener.set_inheritable(True)
     return listener
