@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMPS := .stamps
+STAMPS := $(VENV)/stamps
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench lock clean
@@ -38,7 +38,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
        --no-annotate --no-header --upgrade pyproject.toml
 
 clean:  ## Remove what the other targets made.
-	rm -rf $(VENV) $(STAMPS) phoenix-demo phoenix-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) phoenix-demo phoenix-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Phoenix ML needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11") if v < (3, 11) else 0'

@@ -222,6 +222,9 @@ class LiveModels:
                 return False
             versions = self._registry.list_versions()
             routings = self._registry.routings()
+            if self._registry.revision() != revision:
+                # A change came between the readings, which may not fit together: the next look reads anew.
+                return False
             by_model: dict[str, list[ModelVersion]] = {}
             for version in versions:
                 by_model.setdefault(version.model_id, []).append(version)
@@ -241,7 +244,9 @@ class LiveModels:
         for version in active:
             loaded = before.served.get(version.version) if before else None
             served[version.version] = loaded if isinstance(loaded, ServedVersion) else self._load(version)
-        chosen = routing or default_routing(active)
+        # By default nothing moves to a version that does not load while another one can answer.
+        able = [version for version in active if isinstance(served[version.version], ServedVersion)]
+        chosen = routing or default_routing(able) or default_routing(active)
         router = Router(model_id, chosen) if chosen else None
         return LiveModel(model_id, frozenset(v.version for v in versions), served, router)
 

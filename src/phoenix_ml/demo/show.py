@@ -55,7 +55,10 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
     console.rule("[bold]Phoenix ML[/] — credit applications, two models, one A/B test")
     with console.status("training two models on 3,118 applications …"):
         training = train(data / "training", lambda step: console.print(f"  [dim]{step}[/]"))
-    phoenix = bootstrap(load_settings(data=data))
+    # Only the demo's own folder, whatever databases and stores the environment names.
+    embedded = {"database": "", "features": "sqlite:", "artifacts": "file:", "events": "local:"}
+    settings = load_settings(data=data, host="127.0.0.1", workers=1, roles="log", **embedded)
+    phoenix = bootstrap(settings)
     phoenix.database.upgrade_if_embedded()
     with console.status("registering both versions, loading the features of all applicants …"):
         _register_versions(phoenix, training)
@@ -64,7 +67,7 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
         "registered [bold]1.0.0[/] (champion) and [bold]1.1.0[/] (challenger), half of the traffic each"
     )
     console.print(f"loaded the features of [bold]{loaded:,}[/] applicants, cust_0001 …")
-    with _server(data, _free_port(port), console) as url:
+    with _server(phoenix, _free_port(port), console) as url:
         replayed = asyncio.run(_replay(url, training.data, console))
         asyncio.run(_send_outcomes(url, training.data, replayed))
         rows = _await_log(phoenix, len(replayed.predictions))
@@ -131,15 +134,17 @@ def _free_port(wanted: int) -> int:
 
 
 @contextmanager
-def _server(data: Path, port: int, console: Console) -> Iterator[str]:
+def _server(phoenix: Phoenix, port: int, console: Console) -> Iterator[str]:
     """The base URL of a real server, ``phoenix-ml serve``; it is stopped at the end of the block."""
     url = f"http://127.0.0.1:{port}"
+    data = phoenix.settings.data
+    environment = os.environ | phoenix.settings.environment()
     command = [sys.executable, "-m", "phoenix_ml.cli", "serve", "--port", str(port), "--data", str(data)]
     log_path = data / "serve.log"
     with log_path.open("w") as log:
         started = time.monotonic()
         # A session of its own: Ctrl-C ends the demo, which then stops the server in order.
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)  # noqa: S603
         try:
             _await_ready(url, server, log_path)
             console.print(

@@ -65,6 +65,8 @@ class RowFormat:
             texts = [str(values[i]).encode() for i in self._strings]
         except UnicodeEncodeError:
             raise FeatureInvalid("a text has half of a surrogate pair, which is no Unicode") from None
+        if any(b"\0" in text for text in texts):
+            raise FeatureInvalid("a text contains U+0000, which no database can store in a text")
         return numbers + b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
     def unpack(self, row: bytes) -> list[Scalar]:

@@ -47,7 +47,7 @@ def open_table(path: Path, *, text_columns: Sequence[str] = ()) -> Iterator[Tabl
             raise InvalidField(f"{path.name}: the file must be .csv or .parquet", field="file")
     except FileNotFoundError as exc:
         raise InvalidField(f"{path}: there is no such file", field="file") from exc
-    except pa.ArrowInvalid as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise InvalidField(f"{path.name} cannot be read: {exc}", field="file") from exc
 
 

@@ -134,7 +134,7 @@ def check_address(settings: Settings) -> None:
             "127.0.0.1, or say --insecure if the network is yours alone",
             setting="PHOENIX_HOST",
         )
-    log.warning("INSECURE: whoever reaches %s may predict, register and change models", settings.host)
+    log.critical("INSECURE: whoever reaches %s may predict, register and change models", settings.host)
 
 
 def _watch(

@@ -70,6 +70,8 @@ def _checked_value(name: str, value: Scalar | None) -> Scalar | None:
         problem = None if -(2**63) <= value < 2**63 else "does not fit 64 bits"  # type: ignore[operator]
     elif kind is str:
         problem = None if _is_unicode(value) else "is not Unicode text"  # type: ignore[arg-type]
+        if "\0" in value:  # type: ignore[operator]
+            problem = "contains U+0000, which no database can store in a text"
     elif kind is bool or value is None:
         problem = None
     else:

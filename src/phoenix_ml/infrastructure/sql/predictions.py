@@ -34,9 +34,15 @@ class SqlPredictionLog:
         # Without the option SQLAlchemy knows no row count of many INSERTs in PostgreSQL.
         counted = {"preserve_rowcount": True}
         self._insert_prediction = (
-            dialect.insert(prediction_logs).on_conflict_do_nothing().execution_options(**counted)
+            dialect.insert(prediction_logs)
+            .on_conflict_do_nothing(index_elements=["id"])
+            .execution_options(**counted)
         )
-        self._insert_outcome = dialect.insert(outcomes).on_conflict_do_nothing().execution_options(**counted)
+        self._insert_outcome = (
+            dialect.insert(outcomes)
+            .on_conflict_do_nothing(index_elements=["id"])
+            .execution_options(**counted)
+        )
         self._formats: dict[tuple[Column, ...], RowFormat] = {}
 
     def write(self, events: Sequence[RecordedEvent]) -> int:
