@@ -658,7 +658,7 @@ def test_with_insecure_the_start_up_log_says_so(tmp_path: Path) -> None:
         insecure.kill()
 
     assert (answered, code) == (200, 0)
-    warnings = [record for record in insecure.log_records() if record["level"] == "WARNING"]
+    warnings = [record for record in insecure.log_records() if record["level"] == "CRITICAL"]
     assert any("INSECURE" in one["message"] and "0.0.0.0" in one["message"] for one in warnings)
 
 
