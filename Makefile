@@ -13,8 +13,9 @@ help:  ## Show this.
 demo: $(STAMPS)/demo  ## Train, serve, replay real applicants, report; serves on (EXIT=1 ends, PORT=8000).
 	@$(BIN)/phoenix-ml demo $(if $(EXIT),--exit) $(if $(PORT),--port $(PORT))
 
-test: $(STAMPS)/test  ## Everything, against a real Redis and PostgreSQL that it installs and starts itself.
+test: $(STAMPS)/test  ## Everything, against real servers that it installs and starts itself.
 	@bash tests/support/install_servers.sh
+	@bash tests/support/kafka/install.sh
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMPS)/test  ## Format, lint, strict types.
@@ -33,6 +34,7 @@ lock: $(STAMPS)/test  ## Resolve the dependencies anew, for every supported Pyth
 	$(BIN)/python -m pip install -q uv
 	$(LOCK) --extra convert requirements/demo.in -o requirements/demo.txt
 	$(LOCK) --all-extras requirements/test.in -o requirements/test.txt
+	$(LOCK) --extra redis --extra postgres --extra kafka requirements/serve.in -o requirements/serve.txt
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --no-header --upgrade pyproject.toml

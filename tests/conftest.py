@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 import servers
 from hypothesis import settings
-from servers import PostgresServer, RedisServer, Server, ServerUnavailable
+from servers import KafkaServer, PostgresServer, RedisServer, Server, ServerUnavailable
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -84,6 +84,14 @@ def postgres_server(pytestconfig: pytest.Config) -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
+def kafka_server(pytestconfig: pytest.Config) -> Iterator[KafkaServer]:
+    """A Kafka broker of this run, to kill and freeze at will: `kafka_url` starts it again."""
+    with _own(pytestconfig, KafkaServer()) as server:
+        pytestconfig.stash[_said].append(f"Kafka {servers.kafka_version()}: own server")
+        yield server
+
+
+@pytest.fixture(scope="session")
 def _given_redis_url(pytestconfig: pytest.Config) -> Iterator[str | None]:
     url = os.environ.get("PHOENIX_TEST_REDIS")
     if not url:
@@ -133,3 +141,22 @@ def postgres_url(request: pytest.FixtureRequest, _given_postgres_url: str | None
     yield url
     server.start()
     server.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def _given_kafka_url(pytestconfig: pytest.Config) -> str | None:
+    given = os.environ.get("PHOENIX_TEST_KAFKA")
+    if given:
+        pytestconfig.stash[_said].append("Kafka: given by PHOENIX_TEST_KAFKA")
+    return f"kafka://{given.removeprefix('kafka://')}" if given else None
+
+
+@pytest.fixture
+def kafka_url(request: pytest.FixtureRequest, _given_kafka_url: str | None) -> str:
+    """The URL of the broker that PHOENIX_TEST_KAFKA names or of our own, with topics and a group of this test's."""
+    url = _given_kafka_url
+    if url is None:
+        server: KafkaServer = request.getfixturevalue("kafka_server")
+        server.start()
+        url = server.url
+    return f"{url}/{servers.new_prefix()}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the servers that the tests talk to, Redis and PostgreSQL, and the curl that the tutorial types,
+# Installs the servers that the tests talk to, Redis, PostgreSQL, nginx and Prometheus, the Java for Kafka, the curl that the
+# tutorial types, and the docker-compose that reads compose.yaml (no container engine is needed for that),
 # from Debian's or Ubuntu's packages.
 # Does nothing where they are. Nothing is left running: tests start servers of their own.
 set -euo pipefail
@@ -9,6 +10,14 @@ command -v redis-server >/dev/null || missing+=(redis-server)
 compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null ||
   missing+=(postgresql)
 command -v curl >/dev/null || missing+=(curl)
+# Debian keeps nginx where only root looks.
+[[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || missing+=(nginx-light)
+command -v prometheus >/dev/null || missing+=(prometheus)
+command -v docker-compose >/dev/null || missing+=(docker-compose)
+command -v openssl >/dev/null || missing+=(openssl)
+# Kafka's jars come by Maven: tests/support/kafka/install.sh.
+command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
+command -v mvn >/dev/null || missing+=(maven)
 if ((${#missing[@]} == 0)); then
   exit 0
 fi
@@ -38,6 +47,9 @@ fi
 # They were not here before, so nobody waits for them at the next boot.
 if [[ -d /run/systemd/system ]]; then
   for package in "${missing[@]}"; do
-    [[ $package == curl ]] || "${as_root[@]}" systemctl disable --quiet "$package"
+    case $package in
+      redis-server | postgresql | prometheus) "${as_root[@]}" systemctl disable --quiet "$package" ;;
+      nginx-light) "${as_root[@]}" systemctl disable --quiet nginx ;;
+    esac
   done
 fi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 from uuid import uuid4
@@ -89,10 +89,10 @@ class RoutesLane:
             body_limit_bytes=settings.body_limit_bytes,
             batch_limit=settings.batch_limit,
         )
-        app = explored_app(phoenix, features, self._live, calls, lambda: "ok")
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self._app = explored_app(phoenix, features, self._live, calls, lambda: "ok")
+        transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(
-            transport=transport, base_url="http://routes", timeout=ANSWER_DEADLINE_S
+            transport=transport, base_url="http://localhost", timeout=ANSWER_DEADLINE_S
         )
         self._stack.callback(lambda: self._run(self._client.aclose()))
         self._stack.callback(lambda: self._run(predict.drain()))
@@ -111,6 +111,20 @@ class RoutesLane:
             options["content"] = one_by_one(chunks)
         response: httpx.Response = self._run(self._client.request(method, path, **options))
         return response
+
+    def leave(self, method: str, path: str) -> list[int]:
+        """The statuses that a client is sent which goes away before its body."""
+        sent: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message.get("status", 0))
+
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+        self._run(self._app(scope, receive, send))
+        return [status for status in sent if status]
 
     def close(self) -> None:
         """Finishes as an API process would."""

@@ -31,8 +31,8 @@ class FaultProxy:
     returns, the mode is in force, for connections that exist already, too.
     """
 
-    def __init__(self, upstream_host: str, upstream_port: int) -> None:
-        self.port = free_port()
+    def __init__(self, upstream_host: str, upstream_port: int, *, port: int | None = None) -> None:
+        self.port = port or free_port()
         self._upstream = (upstream_host, upstream_port)
         self._mode: Mode = "up"
         self._latency_s = 0.0

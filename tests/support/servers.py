@@ -1,4 +1,4 @@
-"""Real Redis and PostgreSQL servers for tests: own processes, free ports, folders of their own (Linux)."""
+"""Real Redis, PostgreSQL and Kafka servers for tests: own processes, free ports, folders of their own (Linux)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ STOP_DEADLINE_S = 20.0
 POLL_S = 0.01
 LOG_TAIL_LINES = 20
 INSTALL_SCRIPT = Path(__file__).with_name("install_servers.sh")
+KAFKA_JARS = Path(__file__).parents[2] / ".venv" / "kafka"
 
 # The kernel's parent-death signal follows the thread that forked, not the process: a server restarted inside
 # `asyncio.to_thread` would die with that pool. This thread lives as long as the test run.
@@ -72,6 +73,7 @@ class Server(ABC):
 
     name: ClassVar[str]
     stop_signal: ClassVar[signal.Signals]
+    start_deadline_s: ClassVar[float] = START_DEADLINE_S
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -90,7 +92,7 @@ class Server(ABC):
             return
         if self._folder is None:
             self._folder = self._make_folder()
-        give_up_at = time.monotonic() + START_DEADLINE_S
+        give_up_at = time.monotonic() + self.start_deadline_s
         self._process = self._spawn(self._folder)
         while True:
             if self._running() is None:
@@ -101,7 +103,7 @@ class Server(ABC):
                 return
             if time.monotonic() > give_up_at:
                 self.kill()
-                raise self._error(f"did not answer within {START_DEADLINE_S} s")
+                raise self._error(f"did not answer within {self.start_deadline_s} s")
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -305,6 +307,90 @@ class PostgresServer(Server):
         return folder
 
 
+class KafkaServer(Server):
+    """A Kafka broker of its own, its own controller too; what it acknowledged survives kill() and start().
+
+    It creates no topic by itself, and tells clients that come through `proxied_port` to stay on the proxy that
+    the caller puts on `proxy_port`: `FaultProxy(HOST, kafka.proxied_port, port=kafka.proxy_port)`.
+    """
+
+    name = "Kafka"
+    stop_signal = signal.SIGTERM
+    start_deadline_s = 90.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxied_port = free_port()
+        self.proxy_port = free_port()
+        self._controller_port = free_port()
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """Where clients find the broker, in Kafka's own words."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the broker, as a setting of Phoenix."""
+        return f"kafka://{self.bootstrap_servers}"
+
+    @property
+    def proxied_url(self) -> str:
+        """The same through the proxy."""
+        return f"kafka://{HOST}:{self.proxy_port}"
+
+    def _command(self, folder: Path) -> list[str]:
+        return [*_tied_to_this_run(), *_java(), "kafka.Kafka", str(folder / "server.properties")]
+
+    def _answers(self, folder: Path, pid: int) -> bool:
+        from confluent_kafka import KafkaException
+        from confluent_kafka.admin import AdminClient
+
+        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
+            # Without the empty logger librdkafka would tell on stderr of every attempt.
+            client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+            with contextlib.suppress(KafkaException):
+                return bool(client.list_topics(timeout=2).brokers)
+        return False
+
+    def _make_folder(self) -> Path:
+        java = _java()
+        folder = super()._make_folder()
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
+            "listeners": f"DIRECT://{HOST}:{self.port},PROXIED://{HOST}:{self.proxied_port},"
+            f"CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": f"DIRECT://{HOST}:{self.port},PROXIED://{HOST}:{self.proxy_port}",
+            "listener.security.protocol.map": "DIRECT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "DIRECT",
+            "log.dirs": str(folder / "data"),
+            "auto.create.topics.enable": "false",
+            "offsets.topic.num.partitions": "1",
+            "offsets.topic.replication.factor": "1",
+            "group.initial.rebalance.delay.ms": "0",
+            # A broker that was killed comes back only when the controller has given up its former self.
+            "broker.heartbeat.interval.ms": "300",
+            "broker.session.timeout.ms": "1500",
+        }
+        (folder / "server.properties").write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
+        arguments = ["format", "--cluster-id", "4L6g3nShT-eMCtK--X86sw", "--config", "server.properties"]
+        made = subprocess.run(
+            [*_tied_to_this_run(), *java, "kafka.tools.StorageTool", *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode != 0:
+            self._discard()
+            raise ServerError(f"formatting ended with status {made.returncode}:\n{made.stdout}{made.stderr}")
+        return folder
+
+
 def empty_redis(url: str) -> None:
     """Remove every key of the database that the URL names."""
     import redis
@@ -358,10 +444,22 @@ def postgres_version(url: str) -> str:
         return connection.info.parameter_status("server_version") or "of unknown version"
 
 
+def kafka_version() -> str:
+    """The version of Kafka that KafkaServer runs."""
+    return next(
+        (jar.stem.rpartition("-")[2] for jar in KAFKA_JARS.glob("kafka-server-[0-9]*.jar")), "unknown"
+    )
+
+
+def new_prefix() -> str:
+    """A prefix of topics and groups that nobody else uses on the same broker."""
+    return f"test-{uuid4().hex[:12]}"
+
+
 def _unavailable(name: str, package: str) -> ServerUnavailable:
     return ServerUnavailable(
         f"{name} is not installed, and these tests talk to a real one. Run {INSTALL_SCRIPT}, install the Debian "
-        f"package {package}, or name a running server in PHOENIX_TEST_REDIS or PHOENIX_TEST_POSTGRES."
+        f"package {package}, or name a running server in PHOENIX_TEST_REDIS, PHOENIX_TEST_POSTGRES or PHOENIX_TEST_KAFKA."
     )
 
 
@@ -377,6 +475,16 @@ def _postgres_programs() -> Path:
 def _postgres_user() -> str | None:
     """The user to become, as PostgreSQL refuses to run as root."""
     return "postgres" if os.geteuid() == 0 else None
+
+
+def _java() -> list[str]:
+    """The start of a command line that runs a class of Kafka's."""
+    java = shutil.which("java")
+    if java is None or not any(KAFKA_JARS.glob("kafka_*.jar")):
+        raise _unavailable("Kafka", "openjdk-17-jre-headless, and the jars of tests/support/kafka")
+    # A broker that lives for minutes starts faster without the second compiler, and needs no heap to speak of.
+    options = ["-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
+    return [java, *options, "-cp", f"{KAFKA_JARS}/*"]
 
 
 def _tied_to_this_run(user: str | None = None) -> list[str]:

@@ -1,6 +1,7 @@
 """Clients that keep asking a server while something happens to it, and remember every answer."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,14 +17,22 @@ LOG_DEADLINE_S = 60.0
 
 
 class Traffic:
-    """Answers by prediction id, refusals, and calls whose connection broke; clients run in threads."""
+    """Answers by prediction id, refusals and their Retry-After, calls whose connection broke, the longest call.
 
-    def __init__(self, url: str, make_body: Callable[[int], Mapping[str, Any]]) -> None:
+    Clients run in threads; ``pause_s`` is how long each waits before it asks again.
+    """
+
+    def __init__(
+        self, url: str, make_body: Callable[[int], Mapping[str, Any]], *, pause_s: float = 0.0
+    ) -> None:
         self.answers: dict[str, dict[str, Any]] = {}
         self.refusals: list[str] = []
+        self.retry_after: list[str] = []
         self.broken = 0
+        self.longest_s = 0.0
         self._url = url
         self._make_body = make_body
+        self._pause_s = pause_s
         self._numbers: Iterator[int] = iter(range(10**9))
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -37,7 +46,7 @@ class Traffic:
 
     @contextmanager
     def flowing(self, clients: int) -> Iterator[None]:
-        """Within the block the clients ask without a pause; afterwards each has had its last answer."""
+        """Within the block the clients keep asking; afterwards each has had its last answer."""
         with ThreadPoolExecutor(clients) as pool:
             running = [pool.submit(self._run, 10**9) for _ in range(clients)]
             try:
@@ -52,29 +61,39 @@ class Traffic:
         wanted = len(self.answers) + more
         wait_until(lambda: len(self.answers) >= wanted, 60, f"{more} more answers")
 
+    def keep_flowing(self, duration_s: float) -> None:
+        """Returns after that time, in which answers have gone on. Raises TimeoutError when they end."""
+        until = time.monotonic() + duration_s
+        while time.monotonic() < until:
+            self.await_answers(1)
+
     def _run(self, count: int) -> None:
         client = httpx.Client(base_url=self._url, timeout=30)
         try:
             for _ in range(count):
-                if self._stopping.is_set():
+                if self._stopping.wait(self._pause_s):
                     return
                 with self._lock:
                     body = self._make_body(next(self._numbers))
+                asked_at = time.monotonic()
                 try:
                     response = client.post("/predict", json=body)
                 except httpx.TransportError:
                     # Its server died: nobody was told anything, so nothing is owed.
                     with self._lock:
                         self.broken += 1
+                        self.longest_s = max(self.longest_s, time.monotonic() - asked_at)
                     client.close()
                     client = httpx.Client(base_url=self._url, timeout=30)
                     continue
                 with self._lock:
+                    self.longest_s = max(self.longest_s, time.monotonic() - asked_at)
                     if response.status_code == 200:
                         answered = response.json()
                         self.answers[answered["prediction_id"]] = answered
                     else:
                         self.refusals.append(response.text)
+                        self.retry_after.append(response.headers.get("retry-after", ""))
         finally:
             client.close()
 
@@ -90,7 +109,9 @@ def logged(phoenix: Phoenix, model_id: str) -> list[LoggedPrediction]:
             return rows
 
 
-def await_logged(phoenix: Phoenix, model_id: str, ids: set[str]) -> list[LoggedPrediction]:
+def await_logged(
+    phoenix: Phoenix, model_id: str, ids: set[str], deadline_s: float = LOG_DEADLINE_S
+) -> list[LoggedPrediction]:
     """The model's rows once all these predictions are among them. Raises TimeoutError with what lacks."""
     rows: list[LoggedPrediction] = []
 
@@ -99,5 +120,5 @@ def await_logged(phoenix: Phoenix, model_id: str, ids: set[str]) -> list[LoggedP
         rows = logged(phoenix, model_id)
         return ids <= {row.id for row in rows}
 
-    wait_until(all_there, LOG_DEADLINE_S, "every answered prediction is in the log")
+    wait_until(all_there, deadline_s, "every answered prediction is in the log")
     return rows
