@@ -69,7 +69,7 @@ class _Connection(asyncio.Protocol):
 
 def post(path: str, body: bytes) -> bytes:
     """An HTTP/1.1 request as bytes."""
-    head = f"POST {path} HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
 
 

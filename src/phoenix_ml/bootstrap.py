@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from phoenix_ml.application.ports import (
     ArtifactStore,
+    DeadLetters,
     Engines,
     FeatureStore,
     Journal,
@@ -23,6 +24,7 @@ from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.settings import Settings
 
 if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml --help` need not wait for
+    from phoenix_ml.infrastructure.events.kafka import Kafka, ModelAnnouncer
     from phoenix_ml.infrastructure.sql.database import Database
 
 
@@ -36,6 +38,14 @@ class Phoenix:
     prediction_log: PredictionLog
     artifacts: ArtifactStore
     engines: Engines
+    kafka: Kafka | None
+    announcer: ModelAnnouncer | None
+
+    def close(self) -> None:
+        """Lets go of the connections."""
+        if self.announcer is not None:
+            self.announcer.close()
+        self.database.close()
 
 
 def bootstrap(settings: Settings) -> Phoenix:
@@ -44,16 +54,23 @@ def bootstrap(settings: Settings) -> Phoenix:
     from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 
-    if _scheme(settings.events) != "local":
-        raise _unknown_scheme("PHOENIX_EVENTS", settings.events, ["local:"])
+    kafka = open_kafka(settings)
+    if _scheme(settings.features) != "sqlite":
+        # It does not connect yet: what no process could use is said before there are any.
+        open_features(settings)
+    if not settings.database:
+        make_data_folder(settings)
     database = Database(settings.database_url)
+    announcer = None if kafka is None else kafka.announcer()
     return Phoenix(
         settings,
         database,
-        SqlRegistry(database),
+        SqlRegistry(database) if announcer is None else SqlRegistry(database, announcer),
         SqlPredictionLog(database),
         open_artifacts(settings),
         open_engines(settings),
+        kafka,
+        announcer,
     )
 
 
@@ -66,13 +83,26 @@ def bootstrap_predict(
     return live, predict
 
 
+def make_data_folder(settings: Settings) -> None:
+    """For this user alone, as it will hold what callers sent; one that exists keeps its mode."""
+    try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Misconfigured(
+            f"PHOENIX_DATA: the folder {settings.data} cannot be made: {exc.strerror}", setting="PHOENIX_DATA"
+        ) from exc
+
+
 def open_features(settings: Settings, deadline_ms: float | None = None) -> FeatureStore:
     """The feature store that the settings name; belongs to the event loop that first uses it."""
     url = settings.features
     if _scheme(url) == "sqlite":
         from phoenix_ml.infrastructure.features.sqlite import SqliteFeatures
 
-        return SqliteFeatures(Path(url.removeprefix("sqlite:") or settings.data / "features.db"))
+        if path := url.removeprefix("sqlite:"):
+            return SqliteFeatures(Path(path))
+        make_data_folder(settings)
+        return SqliteFeatures(settings.data / "features.db")
     if _scheme(url) in ("redis", "rediss"):
         try:
             from phoenix_ml.infrastructure.features.redis import RedisFeatures
@@ -80,6 +110,29 @@ def open_features(settings: Settings, deadline_ms: float | None = None) -> Featu
             raise Misconfigured("Redis needs its client: pip install 'phoenix-ml[redis]'") from exc
         return RedisFeatures(url, deadline_ms or settings.features_deadline_ms)
     raise _unknown_scheme("PHOENIX_FEATURES", url, ["sqlite:", "redis://", "rediss://"])
+
+
+def open_kafka(settings: Settings) -> Kafka | None:
+    """The cluster that the settings name; None where the log role reads the journals itself."""
+    url = settings.events
+    if _scheme(url) == "local":
+        return None
+    if _scheme(url) != "kafka":
+        raise _unknown_scheme("PHOENIX_EVENTS", url, ["local:", "kafka://"])
+    try:
+        from phoenix_ml.infrastructure.events.kafka import Kafka
+    except ModuleNotFoundError as exc:
+        raise Misconfigured("Kafka needs its client: pip install 'phoenix-ml[kafka]'") from exc
+    return Kafka(url, settings.kafka_partitions)
+
+
+def open_dead_letters(settings: Settings) -> list[DeadLetters]:
+    """The letters beside the journal, and those in Kafka where events take that road."""
+    from phoenix_ml.infrastructure.events.deadletters import FileDeadLetters
+
+    beside_journal = FileDeadLetters(settings.dead_letters_file, settings.journal_folder)
+    kafka = open_kafka(settings)
+    return [beside_journal] if kafka is None else [beside_journal, kafka.dead_letters()]
 
 
 def open_artifacts(settings: Settings) -> ArtifactStore:

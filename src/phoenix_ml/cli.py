@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from phoenix_ml import __version__
-from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
+from phoenix_ml.bootstrap import Phoenix, bootstrap, open_dead_letters, open_features
 from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachable
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import ModelVersion, Stage
@@ -66,23 +67,27 @@ url_option = click.option(
 
 @click.group(cls=PhoenixGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="phoenix-ml")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Real-time machine-learning inference: fast, on record, watched.
 
     Settings come from flags, else PHOENIX_… variables, else phoenix.toml.
     """
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+    # What the commands and their processes write is for this user alone: it holds what callers sent.
+    users_own = os.umask(0o077)
+    ctx.call_on_close(lambda: os.umask(users_own))
 
 
 @contextmanager
 def opened(data: Path | None) -> Iterator[Phoenix]:
-    """The application with its database up to date."""
+    """The application with its database; one of an older version is left to who serves it to upgrade."""
     phoenix = bootstrap(load_settings(data=data))
     try:
-        phoenix.database.upgrade_if_embedded()
+        phoenix.database.upgrade_if_new()
         yield phoenix
     finally:
-        phoenix.database.close()
+        phoenix.close()
 
 
 def actor() -> str:
@@ -113,7 +118,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="TCP port; 0 takes a free one.")
 @click.option("--workers", type=int, help="API processes.")
-@click.option("--roles", type=click.Choice(["log", "none"]), help="What the background process does.")
+@click.option(
+    "--roles",
+    type=click.Choice(["all", "ship", "log", "none"]),
+    help="What the background process does.",
+)
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
 @data_option
 @example("phoenix-ml serve --port 8000 --workers 2 --data ./phoenix-data")
@@ -133,15 +142,15 @@ def serve(**flags: Any) -> None:
 
 
 @main.command()
-@click.argument("roles", nargs=-1, required=True, type=click.Choice(["log"]))
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log"]))
 @click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
 def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
-    """Run background roles by themselves: log writes the journals' events into the prediction log."""
+    """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down."""
     from phoenix_ml.infrastructure.telemetry.exporter import export_metrics
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs
-    from phoenix_ml.processes.background import stop_on_signals
+    from phoenix_ml.processes.background import metrics_of_worker, stop_on_signals
     from phoenix_ml.processes.background import work as run
     from phoenix_ml.processes.supervisor import check_address
 
@@ -150,8 +159,12 @@ def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) ->
         configure_logs(settings.log_level, settings.log_format, "+".join(roles))
         if metrics_port is not None:
             check_address(settings)
-        with export_metrics(settings.metrics_folder, settings.host, metrics_port):
-            run(phoenix, "work-log", stop_on_signals())
+        stopping = stop_on_signals()
+        with (
+            metrics_of_worker(phoenix, roles) as metrics_file,
+            export_metrics(metrics_file.parent, settings.host, metrics_port),
+        ):
+            run(phoenix, roles, metrics_file, stopping)
 
 
 @main.group()
@@ -161,15 +174,19 @@ def db() -> None:
 
 @db.command("upgrade")
 @data_option
+@json_option
 @example("PHOENIX_DATABASE=postgresql://phoenix@db/phoenix phoenix-ml db upgrade")
-def db_upgrade(data: Path | None) -> None:
+def db_upgrade(data: Path | None, as_json: bool) -> None:
     """Bring the database's tables to this version; safe to run again."""
     phoenix = bootstrap(load_settings(data=data))
     try:
         revision = phoenix.database.upgrade()
     finally:
         phoenix.database.close()
-    click.echo(f"{phoenix.database.name} is at revision {revision}")
+    if as_json:
+        show_json({"database": phoenix.database.name, "revision": revision})
+    else:
+        click.echo(f"{phoenix.database.name} is at revision {revision}")
 
 
 @main.command()
@@ -233,6 +250,7 @@ def models_register(
 ) -> None:
     """Register an ONNX file as a version: stored, checked, loaded and run once."""
     from phoenix_ml.application.catalogue import Registration, register
+    from phoenix_ml.application.catalogue import activate as activate_version
     from phoenix_ml.infrastructure.tables import read_columns
 
     contract: dict[str, FeatureRule] = {}
@@ -252,7 +270,9 @@ def models_register(
             reference=read_columns(reference) if reference is not None else None,
         )
         if activate:
-            registered = phoenix.registry.set_active(model_id, version, True, actor())
+            registered = activate_version(
+                phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
+            )
     show_version(registered, as_json)
 
 
@@ -359,9 +379,14 @@ def models_stage(model_id: str, version: str, stage: str, data: Path | None, as_
 @json_option
 @example("phoenix-ml models activate credit-risk 1.1.0")
 def models_activate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
-    """Let a version answer requests."""
+    """Let a version answer requests, once it was found to load."""
+    from phoenix_ml.application.catalogue import activate
+
     with opened(data) as phoenix:
-        show_version(phoenix.registry.set_active(model_id, version, True, actor()), as_json)
+        activated = activate(
+            phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
+        )
+    show_version(activated, as_json)
 
 
 @models.command("deactivate")
@@ -574,43 +599,69 @@ def predict(
         body["features"] = dict(_parse_value(word) for word in given)
     if model_version is not None:
         body["model_version"] = model_version
-    found = call_server(url, "/predict", body)
+    answered, found = call_server(url, "/predict", body, Answered)
     if as_json:
-        show_json(found)
+        show_json(msgspec.json.decode(answered))
         return
-    confidence = "" if found["confidence"] is None else f"  confidence {found['confidence']:.3f}"
+    confidence = "" if found.confidence is None else f"  confidence {found.confidence:.3f}"
     console = Console()
-    console.print(f"[bold]{found['result']}[/]{confidence}")
+    console.print(f"[bold]{found.result}[/]{confidence}")
     console.print(
-        f"[dim]{found['model_id']} {found['model_version']} as {found['role']}, {found['latency_ms']} ms, "
-        f"id {found['prediction_id']}[/]"
+        f"[dim]{found.model_id} {found.model_version} as {found.role}, {found.latency_ms} ms, "
+        f"id {found.prediction_id}[/]"
     )
 
 
-def call_server(url: str, path: str, body: dict[str, Any]) -> Any:
-    """The answer's JSON. Raises ServerUnreachable, or the server's own error."""
+class Answered(msgspec.Struct):
+    """What is shown of a server's answer."""
+
+    prediction_id: str
+    model_id: str
+    model_version: str
+    result: Any
+    confidence: float | None
+    role: str
+    latency_ms: float
+
+
+class Refused(msgspec.Struct):
+    """A server's answer that is an error."""
+
+    class Error(msgspec.Struct):
+        code: str
+        message: str
+        details: dict[str, Any]
+
+    error: Error
+
+
+def call_server(url: str, path: str, body: dict[str, Any], answer: type[T]) -> tuple[bytes, T]:
+    """The answer's JSON, and read as ``answer``. Raises ServerUnreachable, or the server's own error."""
     import httpx
 
     try:
         response = httpx.post(f"{url}{path}", json=body, timeout=30)
-        answered = response.json()
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ServerUnreachable(
             f"{url} does not answer ({exc}): start one with 'phoenix-ml serve', or give --url"
         ) from exc
-    except ValueError as exc:
-        raise ServerUnreachable(f"{url} answers, but it is not a Phoenix server") from exc
-    if response.status_code >= 400:
-        raise ServerRefusal(answered["error"])
-    return answered
+    try:
+        if response.is_success:
+            return response.content, msgspec.json.decode(response.content, type=answer)
+        refused = msgspec.json.decode(response.content, type=Refused).error
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ServerUnreachable(
+            f"{url} answered with status {response.status_code}, but is not a Phoenix server: give the --url of one"
+        ) from exc
+    raise ServerRefusal(refused)
 
 
 class ServerRefusal(PhoenixError):
     """An error that the server answered, shown with the server's own code."""
 
-    def __init__(self, error: dict[str, Any]) -> None:
-        super().__init__(error["message"], **error["details"])
-        self.code = error["code"]  # type: ignore[misc]
+    def __init__(self, error: Refused.Error) -> None:
+        super().__init__(error.message, **error.details)
+        self.code = error.code  # type: ignore[misc]
 
 
 @main.group()
@@ -672,6 +723,7 @@ def predictions_list(
 @predictions.command("show")
 @click.argument("prediction_id")
 @data_option
+@click.option("--json", is_flag=True, expose_value=False, help="Print JSON, which it does anyway.")
 @example("phoenix-ml predictions show 01928c5a-…")
 def predictions_show(prediction_id: str, data: Path | None) -> None:
     """One prediction in full, as JSON: values, sources, route, outcome."""
@@ -683,22 +735,89 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
 
 @predictions.command("unmatched")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
 @data_option
 @json_option
 @example("phoenix-ml predictions unmatched")
-def predictions_unmatched(limit: int, data: Path | None, as_json: bool) -> None:
-    """Outcomes that were reported for predictions nobody made."""
-    from phoenix_ml.application.reports import describe_outcome
+def predictions_unmatched(limit: int, cursor: str | None, data: Path | None, as_json: bool) -> None:
+    """Outcomes that were reported for predictions nobody made, newest first."""
+    from phoenix_ml.application.reports import list_unmatched
 
     with opened(data) as phoenix:
-        count, found = phoenix.prediction_log.unmatched_outcomes(limit)
-    items = [describe_outcome(one) for one in found]
+        found = list_unmatched(phoenix.prediction_log, limit, cursor)
     if as_json:
-        show_json({"count": count, "items": items})
+        show_json(found)
         return
-    click.echo(f"{count} outcomes have no prediction in the log")
-    for item in items:
+    click.echo(f"{found['count']} outcomes have no prediction in the log")
+    for item in found["items"]:
         click.echo(f"  {item['received_at']}  {item['prediction_id']}  {item['outcome']}")
+    if found["next_cursor"]:
+        click.echo(f"more: --cursor {found['next_cursor']}")
+
+
+# events
+
+
+@main.group()
+def events() -> None:
+    """What travels from the answers to the log."""
+
+
+@events.group("dead")
+def events_dead() -> None:
+    """Dead letters: what could not be shipped or logged, and why."""
+
+
+@events_dead.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@data_option
+@json_option
+@example("phoenix-ml events dead list --limit 5")
+def events_dead_list(limit: int, data: Path | None, as_json: bool) -> None:
+    """The oldest dead letters that were not requeued: those beside the journal, then those in Kafka."""
+    from phoenix_ml.application.reports import describe_event
+
+    letters = [
+        letter for store in open_dead_letters(load_settings(data=data)) for letter in store.letters(limit)
+    ]
+    items = [
+        {
+            "buried_at": letter.buried_at,
+            "origin": letter.place,
+            "reason": letter.reason,
+            "event": None if letter.event is None else describe_event(letter.event),
+            "payload_bytes": len(letter.payload),
+        }
+        for letter in letters[:limit]
+    ]
+    if as_json:
+        show_json({"items": items})
+        return
+    if not items:
+        click.echo("there are no dead letters")
+        return
+    table = Table("buried at", "origin", "event", "reason", box=None)
+    for letter in letters[:limit]:
+        event = None if letter.event is None else describe_event(letter.event)
+        shown = f"{event['kind']} {event['id']}" if event else f"{len(letter.payload)} bytes, no event"
+        table.add_row(letter.buried_at, letter.place, shown, letter.reason)
+    print_wide(table)
+
+
+@events_dead.command("requeue")
+@click.option(
+    "--limit", type=click.IntRange(1), default=1000, show_default=True, help="At most so many of each store."
+)
+@data_option
+@json_option
+@example("phoenix-ml events dead requeue")
+def events_dead_requeue(limit: int, data: Path | None, as_json: bool) -> None:
+    """Put dead letters back on the road to the log, the oldest first, once the cause is gone."""
+    requeued = sum(store.requeue(limit) for store in open_dead_letters(load_settings(data=data)))
+    if as_json:
+        show_json({"requeued": requeued})
+    else:
+        click.echo(f"{requeued} events are on their way to the log again")
 
 
 # demo

@@ -1,9 +1,13 @@
 """Every setting, typed and documented: from flags, else the environment, else ``phoenix.toml``."""
 
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -14,14 +18,15 @@ from pydantic_settings import (
 from phoenix_ml.domain.errors import Misconfigured
 
 _MIB = 1024 * 1024
+_FILE = Path("phoenix.toml")
+# Of the folders in DATA that hold an upload while it is registered.
+UPLOAD_PREFIX = "upload-"
 
 
 class Settings(BaseSettings):
     """``PHOENIX_<NAME>`` in the environment sets the field of that name."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PHOENIX_", toml_file="phoenix.toml", extra="forbid", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix="PHOENIX_", toml_file=_FILE, extra="forbid", frozen=True)
 
     data: Path = Field(Path("phoenix-data"), description="Folder of all that is stored locally.")
     database: str = Field("", description="`sqlite:///FILE` or `postgresql://…`; empty is `DATA/phoenix.db`.")
@@ -29,7 +34,16 @@ class Settings(BaseSettings):
         "sqlite:",
         description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE`, `redis://…` or `rediss://…`.",
     )
-    events: str = Field("local:", description="The road from the journal to the log: `local:`.")
+    events: str = Field(
+        "local:",
+        description="The road from the journal to the log: `local:`, or `kafka://HOST:PORT,…/PREFIX?PROPERTY=VALUE`.",
+    )
+    kafka_partitions: int = Field(
+        6,
+        ge=1,
+        le=1000,
+        description="Partitions of `inference-events` when Phoenix creates it: the most log workers that share the load.",
+    )
     artifacts: str = Field(
         "file:", description="Artifact store: `file:` (`DATA/artifacts`) or `file:FOLDER`."
     )
@@ -37,10 +51,16 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
-    roles: Literal["log", "none"] = Field(
-        "log", description="What the background process of `serve` does: `log`, or `none` to start none."
+    roles: Literal["all", "ship", "log", "none"] = Field(
+        "all",
+        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `all`, or `none` to start none.",
     )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
+
+    allowed_hosts: str = Field(
+        "",
+        description="Host names, separated by commas, that requests may name besides `localhost`; empty: on a loopback address no others, else any.",
+    )
 
     body_limit_bytes: int = Field(10 * _MIB, ge=1024, description="Largest JSON body.")
     upload_limit_bytes: int = Field(2048 * _MIB, ge=1024, description="Largest body of `POST /models`.")
@@ -95,6 +115,17 @@ class Settings(BaseSettings):
         return self.data / "journal"
 
     @property
+    def dead_letters_file(self) -> Path:
+        return self.data / "dead" / "inference-events.dead.jsonl"
+
+    @property
+    def background_roles(self) -> tuple[str, ...]:
+        """The roles of the background process; none means that there is no such process."""
+        if self.roles == "all":
+            return ("log",) if self.events.startswith("local:") else ("ship", "log")
+        return () if self.roles == "none" else (self.roles,)
+
+    @property
     def run_folder(self) -> Path:
         """Locks and metrics of the processes that run now."""
         return self.data / "run"
@@ -117,8 +148,56 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as exc:
-        problems = "; ".join(
-            f"PHOENIX_{'.'.join(str(part) for part in error['loc']).upper()}: {error['msg']}"
-            for error in exc.errors()
-        )
-        raise Misconfigured(problems) from exc
+        raise Misconfigured("; ".join(_problem(error) for error in exc.errors())) from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise Misconfigured(f"{_FILE.absolute()} is not TOML: {exc}") from exc
+    except UnicodeDecodeError as exc:
+        line = exc.object.count(b"\n", 0, exc.start) + 1
+        raise Misconfigured(f"{_FILE.absolute()}, line {line}, is not UTF-8: {exc.reason}") from exc
+    except OSError as exc:
+        raise Misconfigured(f"{_FILE.absolute()} cannot be read: {exc.strerror}") from exc
+
+
+def fixed_settings(**values: Any) -> Settings:
+    """The defaults with these values, whatever the environment and ``phoenix.toml`` say."""
+    return _FixedSettings(**values)
+
+
+def misspelt_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that are no settings but look like one, each with the setting that may be meant.
+
+    Others with the prefix are left alone: they may be another program's.
+
+    >>> misspelt_variables({"PHOENIX_WORKRES": "2", "PHOENIX_WORKERS": "2", "PHOENIX_HOME": "/"})
+    {'PHOENIX_WORKRES': 'PHOENIX_WORKERS'}
+    """
+    known = [f"PHOENIX_{name.upper()}" for name in Settings.model_fields]
+    found = {}
+    for name in environment:
+        if name.upper().startswith("PHOENIX_") and name.upper() not in known:
+            for near in get_close_matches(name.upper(), known, 1, 0.85):
+                found[name] = near
+    return found
+
+
+class _FixedSettings(Settings):
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def _problem(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"PHOENIX_{name.upper()}: {error['msg']}"
+    # Only the file can name one: of the environment no others are read, and flags are ours.
+    near = get_close_matches(name.lower().removeprefix("phoenix_"), Settings.model_fields)
+    advice = f"did you mean {' or '.join(near)}?" if near else "remove it, or comment it out"
+    return f"{_FILE.absolute()}: {name!r} is not a setting; {advice}"

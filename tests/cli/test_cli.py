@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +29,7 @@ from pyarrow import parquet
 from servers import free_port, wait_until
 
 from phoenix_ml.cli import main
+from phoenix_ml.infrastructure.sql.database import Database
 
 pytestmark = pytest.mark.system
 
@@ -33,8 +39,6 @@ Run = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither the environment nor a phoenix.toml of whoever runs the tests."""
-    import os
-
     for name in [name for name in os.environ if name.startswith("PHOENIX_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "300")  # so that no line is folded
@@ -142,6 +146,14 @@ def test_every_command_helps_with_an_example_of_itself(path: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize(
+    "path", [path for path in ALL if path[0] not in {"serve", "work", "demo"}], ids=" ".join
+)
+def test_every_command_that_prints_data_takes_json(path: tuple[str, ...]) -> None:
+    """A script need not remember which of them do."""
+    assert any("--json" in parameter.opts for parameter in ALL[path].params)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["nonsense"],
@@ -191,6 +203,119 @@ def test_a_setting_that_is_wrong_is_named_with_what_would_be_right(
     verb = ["features", "get", "e"] if "PHOENIX_FEATURES" in settings else ["models", "list"]
 
     assert named in fails(run(*verb, code=1), "misconfigured")
+
+
+@pytest.mark.parametrize(
+    ("features", "hidden", "said"),
+    [
+        ("foo://x", "nothing", "known are sqlite:, redis://, rediss://"),
+        ("redis://127.0.0.1", "redis", "pip install 'phoenix-ml[redis]'"),
+        ("redis://127.0.0.1:port", "nothing", "the feature store's URL is not usable"),
+    ],
+)
+def test_serve_refuses_a_feature_store_that_cannot_be_before_it_starts_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str, hidden: str, said: str
+) -> None:
+    """A process that can never start must not be started again and again."""
+    monkeypatch.setenv("PHOENIX_FEATURES", features)
+    # A library that is not installed, as the import system sees it.
+    program = f"import sys; sys.modules[{hidden!r}] = None; from phoenix_ml.cli import main; main()"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--port", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"workers = 2\nport = \n", "phoenix.toml is not TOML: Invalid value (at line 2, column 8)"),
+        (b'workers = 2\ndata = "\xff"\n', "phoenix.toml, line 2, is not UTF-8"),
+        (b"workres = 2\n", "phoenix.toml: 'workres' is not a setting; did you mean workers?"),
+        (b"PHOENIX_PORT = 80\n", "phoenix.toml: 'PHOENIX_PORT' is not a setting; did you mean port"),
+        (b"[tool]\nx = 2\n", "phoenix.toml: 'tool' is not a setting; remove it"),
+    ],
+)
+def test_a_phoenix_toml_that_is_wrong_is_named_with_the_place(
+    run: Run, tmp_path: Path, content: bytes, said: str
+) -> None:
+    """It is written by hand."""
+    (tmp_path / "phoenix.toml").write_bytes(content)
+
+    message = fails(run("models", "list", code=1), "misconfigured")
+
+    assert said in message
+    assert str(tmp_path) in message
+
+
+def test_a_phoenix_toml_that_may_not_be_read_is_named(run: Run, tmp_path: Path) -> None:
+    """Left out, a server would start with other settings than its owner believes."""
+    # Root may read anything, but not even root this.
+    (tmp_path / "phoenix.toml").symlink_to("/proc/self/mem")
+
+    message = fails(run("models", "list", code=1), "misconfigured")
+
+    assert "phoenix.toml cannot be read" in message
+
+
+def test_a_variable_that_looks_like_a_misspelt_setting_is_doubted_but_no_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A letter too few, and a server runs with the default; other programs have the prefix, too."""
+    monkeypatch.setenv("PHOENIX_WORKRES", "2")
+    monkeypatch.setenv("PHOENIX_API_KEY", "of another product")
+
+    found = json.loads(run("doctor", "--json").stdout)
+
+    doubts = {finding["check"]: finding["found"] for finding in found}["environment"]
+    assert doubts == "warning: PHOENIX_WORKRES is not a setting: is PHOENIX_WORKERS meant?"
+
+
+# What is written, and who may read it.
+
+
+def test_what_a_command_writes_is_for_its_user_alone(run: Run, model: Path, data: Path) -> None:
+    """Requests, features and answers are about people, on machines that others use as well."""
+    before = os.umask(0o022)
+    try:
+        run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+        run("features", "put", "cust_1", "income=2100")
+        run("doctor")
+    finally:
+        after = os.umask(before)
+
+    assert for_others(data) == []
+    assert (data / "phoenix.db").exists()
+    assert (data / "features.db").exists()
+    assert after == 0o022
+
+
+def test_a_data_folder_that_exists_keeps_its_mode(run: Run, data: Path) -> None:
+    """Whoever made it may have meant a group to read it."""
+    data.mkdir()
+    data.chmod(0o750)
+
+    run("models", "list")
+
+    assert data.stat().st_mode & 0o777 == 0o750
+
+
+def for_others(data: Path) -> list[str]:
+    """What others than the owner could read or enter of a data folder; artifacts are behind a folder's door."""
+    return [
+        str(path)
+        for path in (data, *data.rglob("*"))
+        if path.stat().st_mode & 0o077 and not (path.is_file() and path.is_relative_to(data / "artifacts"))
+    ]
 
 
 # The catalogue.
@@ -504,6 +629,35 @@ def test_a_doctor_who_finds_something_exits_with_1_and_names_it(
     assert "failed" in table
 
 
+def test_a_doctor_makes_nothing(run: Run, data: Path) -> None:
+    """A look at what is there must not change it, and a fresh machine is no illness."""
+    found = json.loads(run("doctor", "--json").stdout)
+
+    by_check = {finding["check"]: finding["found"] for finding in found}
+    assert not data.exists()
+    assert "is not there yet" in by_check["data folder"]
+    assert "features.db is not there yet" in by_check["feature store"]
+    assert "phoenix.db is not there yet" in by_check["database"]
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), ("models", "list"), ("predictions", "list")])
+def test_only_an_upgrade_that_is_asked_for_changes_the_tables_of_an_older_version(
+    run: Run, data: Path, arguments: tuple[str, ...]
+) -> None:
+    """Processes of the older version may be serving it at that moment."""
+    run("db", "upgrade")
+    with closing(Database(f"sqlite:///{data / 'phoenix.db'}")) as database:
+        with database.write() as connection:
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0000'")
+        refusal = run(*arguments, code=1)
+        with database.read() as connection:
+            revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+
+    assert "at schema 0000" in refusal.output
+    assert "run 'phoenix-ml db upgrade'" in refusal.output
+    assert revision == "0000"
+
+
 def test_a_doctor_in_front_of_a_damaged_database_says_so(run: Run, data: Path) -> None:
     """A diagnosis that ends in a traceback is none."""
     data.mkdir()
@@ -555,7 +709,7 @@ def test_predictions_are_asked_for_listed_and_shown(server: PhoenixServer) -> No
         "prediction and outcome are logged",
     )
 
-    shown = json.loads(on(server, "predictions", "show", answer["prediction_id"]).stdout)
+    shown = json.loads(on(server, "predictions", "show", answer["prediction_id"], "--json").stdout)
     listed = json.loads(
         on(server, "predictions", "list", "--entity", "cust_1", "--model", "abc", "--json").stdout
     )
@@ -601,6 +755,44 @@ def test_without_a_server_a_prediction_says_how_to_start_one() -> None:
     fails(nonsense, "server_unreachable")
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b'{"detail": "Not Found"}'),
+        (404, b"<html>no such page</html>"),
+        (400, b'{"error": "invalid_request"}'),
+        (500, b"\xff\xfe"),
+        (301, b""),
+        (200, b"<html>welcome</html>"),
+        (200, b'{"status": "ok"}'),
+        (200, b"[]"),
+    ],
+)
+def test_another_server_than_ours_is_said_to_be_one(status: int, body: bytes) -> None:
+    """Port 8000 is everybody's favourite."""
+
+    class Foreign(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+            """Says nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Foreign) as foreign:
+        thread = threading.Thread(target=foreign.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{foreign.server_port}"
+        done = CliRunner().invoke(main, ["predict", "m", "--url", url])
+        thread.join()
+
+    message = fails(done, "server_unreachable")
+    assert message.startswith(f"{url} answered with status {status}, but is not a Phoenix server")
+
+
 def test_a_data_folder_is_served_by_one_server_only(server: PhoenixServer, tmp_path: Path) -> None:
     """Two would write the same journals."""
     done = command(tmp_path, "serve", "--port", "0", "--data", str(server.data))
@@ -610,12 +802,16 @@ def test_a_data_folder_is_served_by_one_server_only(server: PhoenixServer, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_the_log_of_a_served_folder_is_not_worked_twice(server: PhoenixServer) -> None:
+def test_the_log_of_a_served_folder_is_not_worked_twice(
+    server: PhoenixServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two would read the same journals, and each would delete what the other has not read."""
+    monkeypatch.setenv("PHOENIX_STOP_TIMEOUT_S", "1")
+
     done = on(server, "work", "log")
 
     assert done.exit_code == 1
-    assert "another process logs the journals" in done.output
+    assert "another process reads the journals" in done.output
 
 
 def test_a_port_in_use_is_said_to_be(server: PhoenixServer, tmp_path: Path) -> None:
@@ -660,6 +856,29 @@ def test_with_insecure_the_start_up_log_says_so(tmp_path: Path) -> None:
     assert (answered, code) == (200, 0)
     warnings = [record for record in insecure.log_records() if record["level"] == "CRITICAL"]
     assert any("INSECURE" in one["message"] and "0.0.0.0" in one["message"] for one in warnings)
+
+
+def test_what_a_server_writes_is_for_its_user_alone(tmp_path: Path) -> None:
+    """Also in the processes that it starts, whatever they write later."""
+    before = os.umask(0o022)
+    try:
+        with PhoenixServer(tmp_path) as served:
+            statuses = [Path(f"/proc/{pid}/status").read_text() for pid in served.pids().values()]
+            readable = for_others(served.data)
+            files = {path.name for path in served.data.rglob("*")}
+    finally:
+        os.umask(before)
+
+    assert [re.findall(r"Umask:\s*(\d+)", status) for status in statuses] == [["0077"], ["0077"]]
+    assert readable == []
+    assert files >= {"phoenix.db", "features.db", "run", "journal"}
+
+
+def test_a_variable_that_looks_like_a_misspelt_setting_is_doubted_in_the_log(tmp_path: Path) -> None:
+    """Once at the start, where whoever looks for the reason looks first."""
+    done = PhoenixServer(tmp_path / "doubted", workres=2, host="256.0.0.0", insecure=True).command("serve")
+
+    assert done.stderr.count("PHOENIX_WORKRES is not a setting and is ignored: is PHOENIX_WORKERS meant") == 1
 
 
 def test_the_log_role_runs_by_itself_with_metrics(tmp_path: Path) -> None:

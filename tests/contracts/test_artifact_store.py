@@ -65,7 +65,7 @@ def files_in(folder: Path) -> list[str]:
 def test_an_artifact_is_stored_under_its_digest(store: FileArtifacts, folder: Path, source: Path) -> None:
     """The digest is the name, so a version can never come to mean other bytes."""
     stored = store.put(source)
-    assert (stored.uri, stored.sha256, stored.is_new) == (URI, DIGEST, True)
+    assert (stored.uri, stored.sha256) == (URI, DIGEST)
     path = store.fetch(stored.uri, stored.sha256)
     assert path == folder / URI
     assert path.read_bytes() == BYTES
@@ -83,10 +83,10 @@ def test_an_empty_file_is_an_artifact_too(store: FileArtifacts, tmp_path: Path) 
 def test_the_same_bytes_are_stored_once(
     store: FileArtifacts, folder: Path, source: Path, outside: Path
 ) -> None:
-    """Putting again says that nothing is new, whatever the file's name."""
+    """Whatever the file's name."""
     first = store.put(source)
     again = store.put(outside)
-    assert (again.uri, again.sha256, again.is_new) == (first.uri, first.sha256, False)
+    assert again == first
     assert files_in(folder) == [URI]
 
 
@@ -95,7 +95,6 @@ def test_other_bytes_get_another_name(store: FileArtifacts, folder: Path, source
     first = store.put(source)
     source.write_bytes(BYTES + b"!")
     second = store.put(source)
-    assert second.is_new
     assert second.uri != first.uri
     assert store.fetch(first.uri, first.sha256).read_bytes() == BYTES
     assert store.fetch(second.uri, second.sha256).read_bytes() == BYTES + b"!"
@@ -106,18 +105,6 @@ def test_a_stored_artifact_is_read_only(store: FileArtifacts, source: Path) -> N
     """Nobody edits one by mistake."""
     stored = store.put(source)
     assert store.fetch(stored.uri, stored.sha256).stat().st_mode & 0o222 == 0
-
-
-def test_a_removed_artifact_is_gone(store: FileArtifacts, folder: Path, source: Path) -> None:
-    """Removing twice is no error; putting it again brings it back."""
-    stored = store.put(source)
-    store.remove(stored.uri)
-    store.remove(stored.uri)
-    assert files_in(folder) == []
-    with pytest.raises(ModelLoadFailed):
-        store.fetch(stored.uri, stored.sha256)
-    assert store.put(source).is_new
-    assert store.fetch(stored.uri, stored.sha256).read_bytes() == BYTES
 
 
 def test_an_artifact_that_is_gone_is_named(store: FileArtifacts, folder: Path) -> None:
@@ -180,7 +167,7 @@ def test_a_linked_file_is_refused(store: FileArtifacts, folder: Path, outside: P
 
 
 @pytest.mark.parametrize("level", ["sha256", f"sha256/{DIGEST[:2]}"])
-def test_a_linked_folder_is_refused_for_reading_writing_and_removing(
+def test_a_linked_folder_is_refused_for_reading_and_writing(
     store: FileArtifacts, folder: Path, source: Path, outside: Path, level: str
 ) -> None:
     """A folder inside the store that lies elsewhere is outside of it."""
@@ -190,7 +177,7 @@ def test_a_linked_folder_is_refused_for_reading_writing_and_removing(
     before = files_in(elsewhere)
     (folder / level).parent.mkdir(parents=True, exist_ok=True)
     (folder / level).symlink_to(elsewhere, target_is_directory=True)
-    for use in (lambda: store.fetch(URI, DIGEST), lambda: store.remove(URI), lambda: store.put(source)):
+    for use in (lambda: store.fetch(URI, DIGEST), lambda: store.put(source)):
         with pytest.raises(ModelLoadFailed, match="leads out of the store"):
             use()
     assert files_in(elsewhere) == before
@@ -243,7 +230,6 @@ def test_no_uri_leads_out_of_the_store(store: FileArtifacts, source: Path, outsi
     store.put(source)
     for uri in odd_uris(outside):
         assert_refused_unopened(lambda uri: store.fetch(uri, DIGEST), uri)
-        assert_refused_unopened(store.remove, uri)
     assert outside.read_bytes() == BYTES
 
 

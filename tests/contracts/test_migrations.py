@@ -151,7 +151,7 @@ def run_at_once(url: str, *methods: str) -> list[tuple[int, str]]:
 def test_four_processes_upgrade_one_sqlite_file_at_once(tmp_path: Path) -> None:
     """Several commands started on a fresh folder all find a database that is ready."""
     url = f"sqlite:///{tmp_path / 'new' / 'phoenix.db'}"
-    ended = run_at_once(url, "upgrade", "upgrade_if_embedded", "upgrade", "upgrade_if_embedded")
+    ended = run_at_once(url, "upgrade", "upgrade_if_embedded", "upgrade_if_new", "upgrade_if_new")
     assert ended == [(0, "")] * 4
     with closing(Database(url)) as database:
         database.check()

@@ -17,6 +17,7 @@ import pytest
 from databases import empty
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sample_events import AT_MS, COLUMNS, DIGEST, SCHEMA, outcome, prediction
 from servers import PostgresServer
 from sqlalchemy import text
 
@@ -35,58 +36,19 @@ from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.predictions import Feedback
-from phoenix_ml.domain.routing import Role, Strategy
-from phoenix_ml.domain.rows import Column, ElementType, RowFormat, Scalar
+from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.infrastructure.events.deadletters import FileDeadLetters
 from phoenix_ml.infrastructure.events.journal import JournalWriter
-from phoenix_ml.infrastructure.events.local import DeadLetters, LocalEvents
+from phoenix_ml.infrastructure.events.local import LocalEvents
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 
-COLUMNS = (
-    Column("income", ElementType.FLOAT32),
-    Column("city", ElementType.STRING),
-    Column("visits", ElementType.INT64),
-)
-ROW: tuple[Scalar, ...] = (1.5, "Oslo", 7)
-AT_MS = 1_760_000_000_123
-SCHEMA = msgspec.msgpack.encode({"1.0.0": COLUMNS, "2.0.0": COLUMNS})
-DIGEST = b"columns of risk."
 REAL_DATABASE = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-def prediction(row: Sequence[Scalar] = ROW, **facts: Any) -> PredictionMade:
-    event = PredictionMade(
-        id=new_id(),
-        model_id="risk",
-        model_version="1.0.0",
-        sha256="ab" * 32,
-        strategy=Strategy.CANARY,
-        role=Role.CHALLENGER,
-        probability=0.25,
-        entity_id="cust_99",
-        request_id="request-1",
-        routing_key="cust_99",
-        inputs=RowFormat(COLUMNS).pack(row),
-        sources="srd",
-        result=1,
-        confidence=0.75,
-        probabilities=[0.25, 0.75],
-        latency_ms=0.375,
-        created_at_ms=AT_MS,
-        batch_size=4,
-        batch_position=2,
-    )
-    return msgspec.structs.replace(event, **facts)
-
-
-def outcome(prediction_id: str, value: Any = 1, observed_at_ms: int = AT_MS, **facts: Any) -> OutcomeReported:
-    event = OutcomeReported(new_id(), prediction_id, value, observed_at_ms, AT_MS)
-    return msgspec.structs.replace(event, **facts)
-
-
 def recorded(*events: PredictionMade | OutcomeReported) -> list[RecordedEvent]:
-    return [RecordedEvent(event, msgspec.msgpack.encode(event), COLUMNS) for event in events]
+    return [RecordedEvent(event, msgspec.msgpack.encode(event), RowFormat(COLUMNS)) for event in events]
 
 
 def add_models(database: Database) -> None:
@@ -179,6 +141,29 @@ def test_a_repeated_id_leaves_the_first_row_as_it_is(log: SqlPredictionLog) -> N
     log.write(recorded(first))
     log.write(recorded(msgspec.structs.replace(first, result=0, confidence=0.1)))
     assert log.get(first.id).result == 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "UPDATE counters SET value = 1 WHERE name = 'prediction_seq'",
+        "DELETE FROM counters WHERE name = 'prediction_seq'",
+    ],
+)
+def test_a_counter_that_a_partial_restore_left_behind_goes_on_after_the_newest_row(
+    log: SqlPredictionLog, database: Database, loss: str
+) -> None:
+    """A number given twice would send every later prediction to the dead letters."""
+    before = [prediction() for _ in range(4)]
+    log.write(recorded(*before))
+    with database.write() as connection:
+        connection.execute(text(loss))
+    after = [prediction() for _ in range(3)]
+
+    written = [log.write(recorded(*after[:2])), log.write(recorded(after[2]))]
+
+    assert written == [2, 1]
+    assert [log.get(event.id).seq for event in (*before, *after)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_nothing_is_written_for_no_events(log: SqlPredictionLog) -> None:
@@ -499,6 +484,22 @@ def test_unmatched_outcomes_are_counted_and_the_newest_listed(log: SqlPrediction
     assert (count, newest[0].id) == (4, events[3].id)
 
 
+def test_unmatched_outcomes_are_read_in_pages(log: SqlPredictionLog) -> None:
+    """Also those that came in the same millisecond, each once."""
+    events = [outcome(new_id(), n, received_at_ms=AT_MS + n // 3) for n in range(7)]
+    log.write(recorded(*events))
+    _, found = log.unmatched_outcomes(3)
+    pages = [found]
+    while found:
+        _, found = log.unmatched_outcomes(3, found[-1].cursor)
+        pages.append(found)
+    expected = sorted(events, key=lambda event: (event.received_at_ms, event.id), reverse=True)
+    assert [len(page) for page in pages] == [3, 3, 1, 0]
+    assert [item.id for page in pages for item in page] == [event.id for event in expected]
+    with pytest.raises(InvalidField):
+        log.unmatched_outcomes(3, "yesterday")
+
+
 def test_more_outcomes_than_a_statement_has_parameters_are_matched(log: SqlPredictionLog) -> None:
     """SQLite bounds the parameters of one statement; a full batch must not meet that bound."""
     events = [prediction() for _ in range(1200)]
@@ -541,7 +542,7 @@ class Road:
         self.writer = JournalWriter(folder / "journal" / "api-0")
         self.events = LocalEvents(folder / "journal")
         self.letters = folder / "dead.jsonl"
-        self.bury = DeadLetters(self.letters).bury
+        self.bury = FileDeadLetters(self.letters, folder / "journal").bury
 
     def append(self, *events: PredictionMade | OutcomeReported) -> None:
         for event in events:

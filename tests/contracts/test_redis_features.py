@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -335,6 +335,35 @@ async def test_a_redis_that_hangs_costs_no_more_than_the_deadline(
     assert time.monotonic() - started < 20 * SHORT_MS / 1000, "each waited in turn"
 
 
+async def test_checks_of_a_redis_that_hangs_hold_no_read_beyond_its_deadline(
+    open_store: Opener, redis_url: str, redis_server: RedisServer
+) -> None:
+    """An orchestrator asks for readiness all the time, and predictions share the connection with that."""
+    store = open_store(redis_server.url, SHORT_MS)
+    await store.write({"e": {"n": 1}}, 1_000)
+    await store.check(patience_s=1.0)
+    # A first failure would have the rest refused at once: each round is a Redis that has just begun to hang.
+    for _ in range(3):
+        await recovered(store)
+        await asyncio.to_thread(redis_server.freeze)
+        started = time.monotonic()
+
+        calls: list[asyncio.Task[Any]] = [asyncio.create_task(store.check())]
+        await asyncio.sleep(0)  # the check is on its way, so the reads wait behind it
+        calls += [asyncio.create_task(store.read("e", INTEGER)) for _ in range(20)]
+        calls += [asyncio.create_task(store.check()) for _ in range(5)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        took_s = time.monotonic() - started
+        await asyncio.to_thread(redis_server.thaw)
+
+        assert {type(outcome) for outcome in outcomes} == {FeatureStoreUnavailable}
+        assert took_s < 4 * SHORT_MS / 1000, "the check had more patience than a read"
+    stored = await recovered(store)
+    assert stored is not None
+    assert stored.values == {"n": 1}
+    await store.check()
+
+
 async def test_an_answer_that_comes_late_reaches_nobody(
     open_store: Opener, redis_url: str, proxy: FaultProxy
 ) -> None:
@@ -401,12 +430,13 @@ async def test_every_failure_of_the_network_is_the_same_error_of_ours(
 ) -> None:
     """Foreign exceptions stop at the adapter: the layers above know one error and one answer to it."""
     store = open_store(proxy.redirect(redis_url), SHORT_MS, SHORT_MS)
-    call = {
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
         "read": lambda: store.read("e", INTEGER),
         "read_all": lambda: store.read_all("e"),
         "write": lambda: store.write({"e": {"n": 2}}, 2_000),
         "check": store.check,
-    }[method]
+    }
+    call = calls[method]
     if warm:
         await recovered(store)
         await call()

@@ -165,7 +165,8 @@ async def _described(folder: Path) -> dict[str, Any]:
         live, predict = bootstrap_predict(phoenix, features, journal, meter)
         calls = PredictionCalls(predict, live, journal, meter, body_limit_bytes=1024, batch_limit=1)
         app: Any = build_app(phoenix, features, live, calls, lambda: "ok")
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://phoenix") as client:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             description: dict[str, Any] = (await client.get("/openapi.json")).raise_for_status().json()
     await features.close()
     journal.close()

@@ -650,6 +650,7 @@ def test_no_bytes_make_the_server_fail(lane: Lane, method: str, path: str, body:
             "/predictions?cursor={}",
             "/predictions?limit={}",
             "/feedback/unmatched?limit={}",
+            "/feedback/unmatched?cursor={}",
             "/{}",
         ]
     ),

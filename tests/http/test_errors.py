@@ -60,6 +60,8 @@ PROVOKED: dict[str, tuple[int, Provoke]] = {
     "model_unknown": (404, predicting(model_id="nowhere", features=[1])),
     "version_unknown": (404, predicting(model_id="abc", model_version="9.9.9", features=[1, 2, 3])),
     "entity_unknown": (404, predicting(model_id="abc", entity_id=unique())),
+    "cross_site_request": (403, calling("POST", "/predict", headers={"origin": "https://evil.example"})),
+    "host_not_allowed": (403, calling("GET", "/models", headers={"host": "evil.example"})),
     "prediction_unknown": (404, calling("GET", f"/predictions/{uuid4()}")),
     "path_unknown": (404, calling("GET", "/nowhere")),
     "method_not_allowed": (405, calling("GET", "/predict")),
@@ -78,9 +80,10 @@ ELSEWHERE = {
     "journal_full": (503, "test_operations.py"),
     "artifact_store_unavailable": (503, "test_operations.py"),
     "model_load_failed": (500, "test_operations.py"),
+    "headers_too_large": (431, "test_connections.py"),
 }
-# The first two are said by the command line; the third is a defect, which no request brings about at will.
-NEVER_ANSWERED = {"misconfigured", "server_unreachable", "internal_error"}
+# The first three are said by the command line; the last is a defect, which no request brings about at will.
+NEVER_ANSWERED = {"misconfigured", "server_unreachable", "events_unavailable", "internal_error"}
 
 
 @pytest.mark.parametrize("code", PROVOKED)

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -321,9 +322,9 @@ def test_answers_do_not_tell_what_the_server_runs_on(http: Lane) -> None:
 def test_pipelined_requests_are_answered_in_order(server: PhoenixServer) -> None:
     """HTTP/1.1 allows it, and proxies do it."""
     request = (
-        b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
-        b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
-        b"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+        b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b"
+        b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        b"POST /predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
     )
     first = b'{"model_id":"abc","features":[1,2,3]}'
     second = b'{"model_id":"signs","features":[1]}'
@@ -361,15 +362,13 @@ def troubled(module_server: PhoenixServer) -> PhoenixServer:
 
 
 ABC = {"model_id": "abc", "features": [1, 2, 3]}
-ASK_SLOW = (
-    b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 36\r\n\r\n{"model_id":"slow","features":[1.0]}'
-)
+ASK_SLOW = b'POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 36\r\n\r\n{"model_id":"slow","features":[1.0]}'
 
 
 def connect(server: PhoenixServer) -> socket.socket:
     """A connection that the server has accepted: it was used once."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+    connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert read_answer(connection).startswith(b"HTTP/1.1 200")
     return connection
 
@@ -431,6 +430,7 @@ def test_a_full_journal_refuses_with_503_until_the_log_has_caught_up(troubled: P
             lambda response: response.status_code != 200,
             "the journal is full",
         )
+        ready_while_full = lane.request("GET", "/health/ready")
     finally:
         troubled.kill_child("background", signal.SIGCONT)
     caught_up = eventually(
@@ -438,11 +438,47 @@ def test_a_full_journal_refuses_with_503_until_the_log_has_caught_up(troubled: P
         lambda response: response.status_code == 200,
         "there is room again",
     )
+    ready_again = eventually(
+        lambda: lane.request("GET", "/health/ready"),
+        lambda response: response.json()["checks"]["journal"] == "ok",
+        "the journal takes events again",
+    )
     lane.close()
 
+    assert (ready_while_full.status_code, ready_while_full.json()["status"]) == (503, "unavailable")
+    assert ready_while_full.json()["checks"]["journal"].startswith("full: ")
+    assert ready_again.status_code == 200
     assert refused(full, 503, "journal_full")["message"]
     assert int(full.headers["retry-after"]) >= 1
     assert len(caught_up.json()["predictions"]) == 50
+
+
+def test_a_full_journal_that_drops_degrades_the_server_and_takes_it_out_of_no_rotation(
+    tmp_path: Path,
+) -> None:
+    """Whoever chose answers over records would lose both to a load balancer that hears 503."""
+    limits = {"journal_limit_bytes": 64 * 1024, "journal_segment_bytes": 4096}
+    server = PhoenixServer(tmp_path, roles="none", journal_full="drop", **limits)
+    server.register(zoo.linear(tmp_path / "abc.onnx", [1, 2, 3]), "abc", "1.0.0")
+    rows = {"model_id": "abc", "instances": [{"features": [1, 2, 3]}] * 50}
+    with server:
+        lane = ServerLane(server.url)
+        ready = eventually(
+            lambda: (lane.request("POST", "/predict/batch", json=rows), lane.request("GET", "/health/ready"))[
+                1
+            ],
+            lambda response: response.json()["checks"]["journal"] != "ok",
+            "the journal is full",
+        )
+        answered = lane.request("POST", "/predict", json=ABC)
+        lane.close()
+
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert re.fullmatch(
+        r"full: \d+ bytes wait to be logged; predictions are answered and not on record",
+        ready.json()["checks"]["journal"],
+    )
+    assert answered.status_code == 200
 
 
 def test_too_many_waiting_requests_are_refused_at_once_and_all_others_answered(

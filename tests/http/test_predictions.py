@@ -400,6 +400,25 @@ def test_outcomes_of_predictions_nobody_made_are_counted_and_listed(lane: Lane) 
     assert listed["observed_at"] == listed["received_at"]
 
 
+def test_outcomes_of_predictions_nobody_made_are_paged_newest_first(lane: Lane) -> None:
+    """Whoever looks for a pattern in the wrong ids needs them all."""
+    strangers = [str(uuid4()) for _ in range(3)]
+    outcomes = [{"prediction_id": stranger, "outcome": 1} for stranger in strangers]
+    ok(lane.request("POST", "/feedback", json=outcomes), 202)
+    eventually(
+        lambda: lane.request("GET", "/feedback/unmatched"),
+        lambda response: all(stranger in response.text for stranger in strangers),
+        "the strangers are listed",
+    )
+
+    first = ok(lane.request("GET", "/feedback/unmatched?limit=2"))
+    second = ok(lane.request("GET", f"/feedback/unmatched?limit=1&cursor={first['next_cursor']}"))
+
+    items = [*first["items"], *second["items"]]
+    assert {item["prediction_id"] for item in items} == set(strangers)
+    assert first["count"] == second["count"] >= 3
+
+
 def test_the_log_is_paged_newest_first_without_gaps_or_repeats(lane: Lane) -> None:
     """Whoever exports the log by pages gets every row once."""
     entity = unique()

@@ -1,6 +1,9 @@
 """The demonstration, as a newcomer runs it, and the same models held against scikit-learn."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec import convert
 from phoenix_server import PhoenixServer
-from servers import free_port
+from servers import free_port, wait_until
 
 from phoenix_ml.demo.training import CLASS_LABELS, Training, arrange_for_sklearn, train
 from phoenix_ml.domain.features import FeatureRule
@@ -90,6 +93,62 @@ def test_demo_trains_serves_replays_and_reports_from_the_log(tmp_path: Path) -> 
     assert "1,336 answers" in shown
     assert "accuracy AUC" in shown
     assert "Where to look next" in shown
+
+
+def test_demo_is_the_same_whatever_the_settings_of_its_caller_are(tmp_path: Path) -> None:
+    """It never writes into a database that somebody's environment happens to name, nor fails because of it."""
+    (tmp_path / "phoenix.toml").write_text('workers = 3\nno_setting = "x"\n')
+    foreign = {
+        "PHOENIX_DATA": str(tmp_path / "foreign"),
+        "PHOENIX_DATABASE": f"postgresql://phoenix@127.0.0.1:{free_port()}/production",
+        "PHOENIX_FEATURES": f"redis://127.0.0.1:{free_port()}",
+        "PHOENIX_ARTIFACTS": "ftp://nowhere",
+        "PHOENIX_HOST": "0.0.0.0",
+        "PHOENIX_ROLES": "none",
+        "PHOENIX_LOG_LEVEL": "loud",
+    }
+    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--exit", "--data", "demo"]
+
+    ended = subprocess.run(
+        [*command, "--port", str(free_port())],
+        env=os.environ | foreign,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "1,336 answers" in " ".join(ended.stdout.split())
+    assert (tmp_path / "demo" / "phoenix.db").exists()
+    assert not (tmp_path / "foreign").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_demo_that_is_ended_takes_its_server_along(tmp_path: Path, number: signal.Signals) -> None:
+    """Whoever ends it, or closes its terminal, must not find the port taken by a server that nobody sees."""
+    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--data", str(tmp_path / "demo")]
+    port = free_port()
+    with (tmp_path / "demo.log").open("w") as log:
+        demo = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    try:
+        wait_until(lambda: listens(port) or demo.poll() is not None, 120, "its server listens")
+        demo.send_signal(number)
+        code = demo.wait(60)
+    finally:
+        demo.kill()
+        demo.wait()
+
+    assert code == 128 + number, (tmp_path / "demo.log").read_text()
+    assert not listens(port)
+    assert "Traceback" not in (tmp_path / "demo.log").read_text()
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_demo_never_removes_a_folder_that_it_did_not_make(tmp_path: Path) -> None:

@@ -1,73 +1,32 @@
 """Real processes, real load, real kills: an answer that left is in the log, once, as it was answered."""
 
+import os
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from onnx_models import linear_regressor, weights, write
+from numbered import MODEL, assert_exactly_once, make_body, register_champion_and_challenger
+from onnx_models import linear_regressor, write
 from phoenix_server import PhoenixServer
 from servers import wait_until
 from traffic import Traffic, await_logged
 
-from phoenix_ml.application.ports import LoggedPrediction
-from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+from phoenix_ml.domain.routing import Arm, Routing, Strategy
 
 pytestmark = [pytest.mark.system]
-
-MODEL = "linear"
-BIAS = {"1.0.0": 0.25, "1.1.0": 100.25}
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PhoenixServer]:
     """Two API processes that serve a champion and a challenger, half of the traffic each."""
     server = PhoenixServer(tmp_path, workers=2, registry_poll_ms=100)
-    for version, bias in BIAS.items():
-        artifact = write(tmp_path / f"{version}.onnx", linear_regressor(3, bias=bias))
-        server.register(artifact, MODEL, version)
-    with server.opened() as phoenix:
-        phoenix.registry.set_routing(MODEL, half_and_half(), "test")
+    register_champion_and_challenger(server)
     with server:
         yield server
-
-
-def half_and_half() -> Routing:
-    return Routing(Strategy.AB_TEST, (Arm("1.0.0"), Arm("1.1.0", Role.CHALLENGER)))
-
-
-def make_body(number: int) -> Mapping[str, Any]:
-    """A request whose features tell its number, so that a swapped or altered row would show."""
-    return {"model_id": MODEL, "features": features_of(number), "request_id": f"r{number}"}
-
-
-def features_of(number: int) -> list[float]:
-    return [float(number), float(number % 7), -1.5]
-
-
-def assert_exactly_once(traffic: Traffic, rows: list[LoggedPrediction]) -> None:
-    """Every answer is in the log once, with the values that were answered and the inputs that were sent."""
-    times = Counter(row.id for row in rows)
-    by_id = {row.id: row for row in rows}
-    for prediction_id, answer in traffic.answers.items():
-        row = by_id[prediction_id]
-        sent = features_of(int(row.request_id.removeprefix("r")))
-        expected = float(np.float32(np.dot(sent, weights(3))) + np.float32(BIAS[row.model_version]))
-        assert times[prediction_id] == 1
-        assert (row.result, row.model_version, row.route["role"], row.latency_ms) == (
-            answer["result"],
-            answer["model_version"],
-            answer["role"],
-            answer["latency_ms"],
-        )
-        assert list(row.features.values()) == sent
-        assert np.frombuffer(row.inputs, "<f4").tolist() == sent
-        assert row.result == pytest.approx(expected, rel=1e-5)
 
 
 def test_five_thousand_answers_of_two_processes_are_five_thousand_rows(server: PhoenixServer) -> None:
@@ -175,6 +134,78 @@ def test_processes_end_when_their_supervisor_is_killed(server: PhoenixServer) ->
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "no process is left")
     server.start()
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+def test_start_outwaits_the_processes_of_a_supervisor_that_was_killed(server: PhoenixServer) -> None:
+    """An init system starts it again at once, while they still finish what they had accepted."""
+    traffic = Traffic(server.url, make_body)
+    traffic.ask(20, clients=2)
+    earlier = frozen_orphans(server)
+    try:
+        server.spawn()
+        wait_until(lambda: "until api-0, api-1 of an earlier 'serve'" in server.log(), 30, "it waits")
+        for slot in ("api-0", "api-1"):
+            os.kill(earlier[slot], signal.SIGCONT)
+        wait_until(lambda: "until another process has ended" in server.log(), 30, "the log role waits")
+        os.kill(earlier["background"], signal.SIGCONT)
+        wait_until(lambda: server.is_ready or server.exit_code is not None, 60, "it is ready")
+        traffic.ask(20, clients=2)
+    finally:
+        kill_all(earlier.values())
+
+    with server.opened() as phoenix:
+        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+    assert (traffic.refusals, traffic.broken) == ([], 0)
+    assert_exactly_once(traffic, rows)
+    assert "ended by itself" not in server.log()
+
+
+def test_start_says_which_processes_of_a_killed_supervisor_do_not_end(tmp_path: Path) -> None:
+    """A process that hangs is for a person to end, who must learn of it."""
+    server = PhoenixServer(tmp_path, stop_timeout_s=1)
+    server.start()
+    earlier = frozen_orphans(server)
+    try:
+        server.spawn()
+        wait_until(lambda: server.exit_code is not None, 60, "it gives up")
+    finally:
+        server.kill()
+        kill_all(earlier.values())
+
+    assert server.exit_code == 1
+    assert "api-0 of an earlier 'serve'" in server.log(all_starts=False)
+    assert "did not end within 6 s: end what 'fuser" in server.log(all_starts=False)
+    assert "Traceback" not in server.log()
+
+
+def test_start_that_waits_for_earlier_processes_can_be_stopped(server: PhoenixServer) -> None:
+    """Ctrl-C works at any time."""
+    earlier = frozen_orphans(server)
+    try:
+        server.spawn()
+        wait_until(lambda: "of an earlier 'serve' has ended" in server.log(), 30, "it waits")
+        exit_code = server.stop()
+    finally:
+        server.kill()
+        kill_all(earlier.values())
+
+    assert exit_code == 0
+
+
+def frozen_orphans(server: PhoenixServer) -> dict[str, int]:
+    """The processes of the server by slot, halted, so that they outlive their supervisor, which is killed."""
+    pids = server.pids()
+    for slot in pids:
+        server.kill_child(slot, signal.SIGSTOP)
+    server.kill_supervisor()
+    return pids
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """Ends those that still run."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_routing_change_reaches_every_process_within_a_second_and_fails_no_request(

@@ -6,8 +6,9 @@ import math
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phoenix_ml.application.catalogue import Registration, register, set_routing
+from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
+from phoenix_ml.application.ports import ModelHints
 from phoenix_ml.application.serving import INLINE_LIMIT_S, LiveModels, ServedVersion
 from phoenix_ml.application.statistics.baseline import describe_reference
 from phoenix_ml.domain.errors import (
@@ -36,11 +38,11 @@ from phoenix_ml.domain.errors import (
     VersionUnknown,
 )
 from phoenix_ml.domain.features import FeatureRule, FeatureType
-from phoenix_ml.domain.models import ModelVersion, Stage, Task
+from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.domain.rows import Rows, Scalar
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
-from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 from phoenix_ml.infrastructure.telemetry import catalogue
@@ -100,6 +102,9 @@ class Platform:
         if activate:
             return self.registry.set_active(model_id, number, True, "ann")
         return version
+
+    def activate(self, number: str = "1.0.0") -> ModelVersion:
+        return activate(self.registry, self.artifacts, self.engines, "risk", number, actor="ann")
 
     def stored(self) -> list[str]:
         """Every file in the store, temporary ones included."""
@@ -287,14 +292,198 @@ def test_other_bytes_that_another_version_has_stay_with_it(platform: Platform) -
     assert platform.stored() == sorted([one.uri, two.uri])
 
 
-def test_a_refused_registration_never_takes_away_what_a_version_refers_to(platform: Platform) -> None:
-    """The file was gone, and the refused call put it back: the version that needs it keeps it."""
-    model = onnx_models.linear_regressor()
-    version = platform.register(model)
-    platform.path_of(version).unlink()
+class Meeting:
+    """Lets a registration that will be refused begin first, and another of the same bytes end last."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.other_waits = threading.Event()
+        self.refused = threading.Event()
+        meeting = self
+
+        class PatientRegistry(SqlRegistry):
+            def add(self, version: ModelVersion, actor: str) -> None:
+                meeting.other_waits.set()
+                assert meeting.refused.wait(10)
+                super().add(version, actor)
+
+        class MeetingEngines(OnnxEngines):
+            def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
+                if hints.task == "clustering":
+                    meeting.other.start()
+                    assert meeting.other_waits.wait(10)
+                return super().inspect(artifact, hints)
+
+        self.engines = MeetingEngines()
+        self.path = onnx_models.write(platform.folder / "same.onnx", onnx_models.linear_regressor())
+        self.other = threading.Thread(
+            target=lambda: register(
+                PatientRegistry(platform.database),
+                platform.artifacts,
+                self.engines,
+                self.path,
+                Registration("risk", "1.0.0"),
+                actor="ann",
+            )
+        )
+
+
+def test_a_refused_registration_takes_nothing_from_one_of_the_same_bytes_at_the_same_moment(
+    platform: Platform,
+) -> None:
+    """A version without its file answers until the next restart, and then never again."""
+    meeting = Meeting(platform)
+    bad = Registration("risk", "2.0.0", task="clustering")
+
     with pytest.raises(ModelRefused):
-        platform.register(model, "2.0.0", task="clustering")
+        register(platform.registry, platform.artifacts, meeting.engines, meeting.path, bad, actor="bob")
+    meeting.refused.set()
+    meeting.other.join()
+
+    (version,) = platform.registry.list_versions()
     assert platform.stored() == [version.uri]
+
+
+def test_a_refused_file_is_in_the_store_at_no_time(platform: Platform) -> None:
+    """What never was there needs no clean-up that a kill could prevent."""
+    seen: list[list[str]] = []
+
+    class WatchedEngines(OnnxEngines):
+        def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
+            seen.append(platform.stored())
+            return super().inspect(artifact, hints)
+
+    platform.engines = WatchedEngines()
+    with pytest.raises(ModelRefused):
+        platform.register(onnx_models.unknown_operator())
+
+    assert seen == [[]]
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.textproto", "model.ort"])
+def test_what_the_file_is_named_does_not_matter(platform: Platform, name: str) -> None:
+    """The libraries that read it guess its format by the name; the store keeps no names."""
+    path = onnx_models.write(platform.folder / name, onnx_models.linear_regressor(2))
+    registration = Registration("risk", "1.0.0")
+
+    register(platform.registry, platform.artifacts, platform.engines, path, registration, actor="ann")
+
+    platform.activate()
+    platform.live.refresh()
+    assert answer(platform.served(), 1.0, 1.0) == pytest.approx(-0.25)
+
+
+def test_what_is_no_file_is_refused(platform: Platform) -> None:
+    """A pipe can be read only once, so nobody could know what is stored."""
+    for path in (platform.folder / "gone.onnx", platform.folder):
+        with pytest.raises(InvalidField, match="is not a file"):
+            register(
+                platform.registry,
+                platform.artifacts,
+                platform.engines,
+                path,
+                Registration("risk", "1.0.0"),
+                actor="ann",
+            )
+
+
+@pytest.mark.parametrize("reference", [{"city": ["Oslo", "a\0b"]}, {"city": ["Oslo", "Lima", "a\0b"]}])
+def test_u0000_in_a_reference_is_refused_before_anything_is_stored(
+    platform: Platform, reference: Reference
+) -> None:
+    """SQLite would take it and PostgreSQL would not, after the file had been stored."""
+    with pytest.raises(ModelRefused, match=r"U\+0000"):
+        platform.register(onnx_models.strict_one_hot_model(), reference=reference)
+
+    assert platform.stored() == []
+
+
+def test_a_text_that_only_looks_like_the_escape_of_u0000_is_taken(platform: Platform) -> None:
+    """A backslash is a character like any other."""
+    reference = {"city": ["Oslo", "Lima", "\\u0000"]}
+
+    assert platform.register(onnx_models.strict_one_hot_model(), reference=reference).metadata.baseline
+
+
+def test_a_lone_tensor_with_its_features_in_another_order_is_another_contract(platform: Platform) -> None:
+    """Income and age would change places, and every answer would be wrong without an error."""
+    model = onnx_models.linear_regressor(2)
+    one = {"income": FeatureRule(FLOAT), "age": FeatureRule(FLOAT)}
+    platform.register(model, features=one)
+
+    with pytest.raises(VersionConflict, match="another feature contract"):
+        platform.register(model, features=dict(reversed(one.items())))
+
+    assert platform.register(model, features=dict(one)).metadata.features == ("income", "age")
+
+
+def test_columns_with_names_of_their_own_may_be_told_of_in_any_order(platform: Platform) -> None:
+    """There the graph says which is which."""
+    rules = {"age": FeatureRule(FLOAT, 30.0), "city": FeatureRule(STRING)}
+    version = platform.register(onnx_models.column_model(), features=rules)
+
+    again = platform.register(onnx_models.column_model(), features=dict(reversed(rules.items())))
+
+    assert again == version
+
+
+# --- activating ------------------------------------------------------------------------------------------
+
+
+def test_activating_answers_the_version_as_it_is_now(platform: Platform) -> None:
+    """Twice is as good as once."""
+    version = platform.register(onnx_models.linear_regressor(2))
+
+    activated = [platform.activate(), platform.activate()]
+
+    assert activated == [msgspec.structs.replace(version, is_active=True)] * 2
+    assert [entry.action for entry in platform.registry.audit()] == ["activate", "register"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged", "no longer a model"])
+def test_a_version_that_does_not_load_is_not_activated(platform: Platform, damage: str) -> None:
+    """Who activates it is told at once, in the loader's words, and not the first who asks for an answer."""
+    version = platform.register(onnx_models.linear_regressor(2))
+    if damage == "gone":
+        platform.path_of(version).unlink()
+    elif damage == "damaged":
+        platform.damage(version)
+    else:
+        platform.engines = OlderEngines()
+    before = platform.registry.revision()
+
+    with pytest.raises(ModelRefused) as caught:
+        platform.activate()
+
+    words = {"gone": "No such file", "damaged": "is damaged", "no longer a model": "opset 99"}[damage]
+    assert words in caught.value.message
+    assert caught.value.details["sha256"] == version.sha256
+    assert platform.registry.get("risk", "1.0.0") == version
+    assert platform.registry.revision() == before
+
+
+class OlderEngines(OnnxEngines):
+    """A runtime that does not know what the model needs, as after a downgrade."""
+
+    def load(self, artifact: Path, metadata: Metadata) -> OnnxEngine:
+        raise ModelRefused("opset 99 is not supported")
+
+
+def test_a_version_that_is_not_registered_is_not_activated(platform: Platform) -> None:
+    """The loader is not even asked."""
+    platform.register(onnx_models.linear_regressor(2))
+    with pytest.raises(VersionUnknown):
+        platform.activate("2.0.0")
+
+
+def test_a_version_that_does_not_load_can_be_taken_out_of_service(platform: Platform) -> None:
+    """That is what one does with it."""
+    platform.damage(platform.register(onnx_models.linear_regressor(2), activate=True))
+    platform.live.refresh()
+
+    assert not platform.registry.set_active("risk", "1.0.0", False, "ann").is_active
+
+    platform.live.refresh()
+    assert platform.live.failures() == {}
 
 
 def test_one_artifact_may_serve_under_several_names(platform: Platform) -> None:
@@ -553,6 +742,233 @@ def test_a_damaged_artifact_fails_its_version_alone(platform: Platform) -> None:
     assert platform.live.failures() == {"risk 2.0.0": caught.value.message}
     assert platform.loads("2.0.0", "failed") == 1
     assert platform.path_of(good).exists()
+
+
+def test_by_default_a_damaged_version_leaves_the_requests_to_one_that_loads(platform: Platform) -> None:
+    """The newer version would be chosen, and every request would fail until somebody looks."""
+    platform.register(onnx_models.linear_regressor(2), "1.0.0", activate=True)
+    platform.damage(platform.register(onnx_models.linear_regressor(2, bias=3.0), "2.0.0", activate=True))
+
+    platform.live.refresh()
+
+    assert platform.served().version.version == "1.0.0"
+    with pytest.raises(ModelLoadFailed):
+        platform.served("2.0.0")
+    assert list(platform.live.failures()) == ["risk 2.0.0"]
+
+
+def test_where_no_version_loads_the_default_says_why(platform: Platform) -> None:
+    """Not active would be a lie."""
+    platform.damage(platform.register(onnx_models.linear_regressor(2), activate=True))
+
+    platform.live.refresh()
+
+    with pytest.raises(ModelLoadFailed, match="damaged"):
+        platform.served()
+
+
+class BusyRegistry(SqlRegistry):
+    """One that changes between the reading of the versions and that of the routings."""
+
+    def __init__(self, database: Database, change: Callable[[], None]) -> None:
+        super().__init__(database)
+        self.changes = [change]
+
+    def list_versions(self, model_id: str | None = None) -> list[ModelVersion]:
+        found = super().list_versions(model_id)
+        while self.changes:
+            self.changes.pop()()
+        return found
+
+
+def test_a_registry_that_changes_while_it_is_read_is_read_anew(platform: Platform) -> None:
+    """A routing with a version that was not active yet when the versions were read is in no registry."""
+    platform.register(onnx_models.linear_regressor(2), "1.0.0", activate=True)
+    platform.register(onnx_models.linear_regressor(2, bias=3.0), "2.0.0")
+
+    def change() -> None:
+        platform.activate("2.0.0")
+        set_routing(platform.registry, "risk", Routing(Strategy.SINGLE, (Arm("2.0.0"),)), actor="bob")
+
+    live = LiveModels(
+        BusyRegistry(platform.database, change),
+        platform.artifacts,
+        platform.engines,
+        MetricsMeter(platform.metrics),
+    )
+
+    assert live.refresh()
+
+    assert live.model("risk").pick(None, "key")[0].version.version == "2.0.0"
+    assert not live.refresh()
+
+
+# While a version loads
+
+
+class GatedEngines(OnnxEngines):
+    """An engine loader that keeps a large model's loader waiting until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated: set[str] = set()
+        self.is_loading = threading.Event()
+        self.may_go_on = threading.Event()
+        self.fails = False
+
+    def load(self, artifact: Path, metadata: Metadata) -> OnnxEngine:
+        if artifact.name in self.gated:
+            self.is_loading.set()
+            assert self.may_go_on.wait(10)
+            if self.fails:
+                raise MemoryError
+        return super().load(artifact, metadata)
+
+
+@dataclass
+class Slow:
+    """A platform on which 2.0.0 of `risk` was activated by somebody, and is being loaded."""
+
+    platform: Platform
+    engines: GatedEngines
+    live: LiveModels
+    loader: threading.Thread
+    failures: list[BaseException]
+
+    def version(self, model_id: str = "risk", key: str = "key") -> str:
+        return self.live.model(model_id).pick(None, key)[0].version.version
+
+    def routing(self) -> Routing | None:
+        router = self.live.model("risk").router
+        return router.routing if router is not None else None
+
+    def finish(self) -> None:
+        self.engines.may_go_on.set()
+        self.loader.join(10)
+        assert not self.loader.is_alive()
+
+
+@pytest.fixture
+def slow(platform: Platform) -> Iterator[Slow]:
+    platform.register(onnx_models.linear_regressor(2), "1.0.0", activate=True)
+    for number in ("1.0.0", "2.0.0"):
+        platform.register(onnx_models.linear_regressor(2), number, model_id="churn", activate=True)
+    engines = GatedEngines()
+    live = LiveModels(platform.registry, platform.artifacts, engines, MetricsMeter(platform.metrics))
+    live.refresh()
+    heavy = platform.register(onnx_models.linear_regressor(2, bias=9.0), "2.0.0", activate=True)
+    engines.gated.add(heavy.sha256)
+    live.look()
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            live.load()
+        except MemoryError as exc:
+            failures.append(exc)
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    assert engines.is_loading.wait(10)
+    slow = Slow(platform, engines, live, loader, failures)
+    yield slow
+    slow.finish()
+
+
+def test_what_is_loaded_answers_on_until_the_new_version_is_ready(slow: Slow) -> None:
+    """Then the new one takes over in one step."""
+    during = slow.version()
+    slow.finish()
+
+    assert (during, slow.version(), slow.live.is_complete) == ("1.0.0", "2.0.0", True)
+
+
+def test_a_version_that_loads_does_not_delay_another_models_routing(slow: Slow) -> None:
+    """The routing that takes a bad version out of the traffic must not wait for somebody's large model."""
+    before = slow.version("churn")
+    set_routing(slow.platform.registry, "churn", Routing(Strategy.SINGLE, (Arm("1.0.0"),)), actor="ann")
+
+    assert slow.live.refresh("churn")
+
+    assert (before, slow.version("churn")) == ("2.0.0", "1.0.0")
+    assert slow.version() == "1.0.0"
+    assert not slow.live.is_complete
+
+
+def test_a_version_that_loads_does_not_delay_another_one(slow: Slow) -> None:
+    """Each is put to use as soon as it is ready."""
+    slow.platform.register(
+        onnx_models.linear_regressor(2, bias=5.0), "3.0.0", model_id="churn", activate=True
+    )
+
+    slow.live.refresh("churn")
+
+    assert slow.version("churn") == "3.0.0"
+    assert not slow.live.is_complete
+
+
+def test_a_version_that_loads_does_not_delay_its_own_models_routing_among_the_others(slow: Slow) -> None:
+    """Nothing of what the routing names is missing."""
+    single = Routing(Strategy.SINGLE, (Arm("1.0.0"),))
+    set_routing(slow.platform.registry, "risk", single, actor="ann")
+
+    slow.live.look()
+
+    assert slow.routing() == single
+
+
+def test_a_routing_that_names_a_version_that_loads_waits_for_it(slow: Slow) -> None:
+    """Until then the old one answers: a share of the requests must not fail."""
+    arms = (Arm("1.0.0"), Arm("2.0.0", Role.CHALLENGER))
+    canary = Routing(Strategy.CANARY, arms)
+    set_routing(slow.platform.registry, "risk", canary, actor="ann")
+    slow.live.look()
+    during = slow.routing()
+
+    slow.finish()
+
+    assert (during, slow.routing()) == (Routing(Strategy.SINGLE, (Arm("1.0.0"),)), canary)
+
+
+def test_a_version_taken_out_of_service_while_it_loads_does_not_answer(slow: Slow) -> None:
+    """Whoever changed their mind gets what they want, and nobody waits."""
+    slow.platform.registry.set_active("risk", "2.0.0", False, "ann")
+    slow.live.refresh("risk")
+    slow.finish()
+
+    assert slow.version() == "1.0.0"
+    with pytest.raises(VersionInactive):
+        slow.live.model("risk").pick("2.0.0", "key")
+
+
+def test_a_change_returns_when_its_model_is_loaded_by_whomever(slow: Slow) -> None:
+    """A version that was activated answers the caller's next request, and is loaded once."""
+    seen: list[str] = []
+
+    def change() -> None:
+        slow.live.refresh("risk")
+        seen.append(slow.version())
+
+    caller = threading.Thread(target=change)
+    caller.start()
+    slow.finish()
+    caller.join(10)
+
+    assert seen == ["2.0.0"]
+    assert slow.platform.loads("2.0.0", "loaded") == 1
+
+
+def test_a_defect_while_loading_leaves_the_version_due(slow: Slow) -> None:
+    """Nobody waits for ever for a thread that has ended, and the next one tries again."""
+    slow.engines.fails = True
+    slow.finish()
+    failed = [type(exc) for exc in slow.failures], slow.version(), slow.live.is_complete
+    slow.engines.fails = False
+
+    slow.live.load()
+
+    assert failed == ([MemoryError], "1.0.0", False)
+    assert (slow.version(), slow.live.is_complete) == ("2.0.0", True)
 
 
 def test_each_caller_gets_an_exception_of_its_own(platform: Platform) -> None:

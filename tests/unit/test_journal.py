@@ -126,7 +126,6 @@ def test_every_event_comes_back_in_order_with_its_schema(
             actual += [(record.payload, record.schema, record.damage) for record in records]
 
         assert expected == actual
-        assert len(expected) == writer.events_total
         assert (reader.corrupt_regions, reader.torn_tails) == (0, 0)
         reader.commit()
         assert segments(root) == []
@@ -569,16 +568,16 @@ def test_pending_counts_what_is_not_committed(root: Path, folder: Path) -> None:
     """A gauge that falls on reading would hide that nothing is stored."""
     writer = JournalWriter(folder)
     reader = JournalReader(root)
-    nothing = (reader.pending_bytes, reader.pending_segments, reader.oldest_pending_s)
+    nothing = (reader.pending_bytes, reader.oldest_pending_s)
     writer.append(b"event")
     read_all(reader)
-    read_only = (reader.pending_bytes, reader.pending_segments)
+    read_only = reader.pending_bytes
     assert 0.0 < reader.oldest_pending_s < 60.0
     reader.commit()
 
-    assert nothing == (0, 0, 0.0)
-    assert (writer.stored_bytes, 1) == read_only
-    assert (reader.pending_bytes, reader.pending_segments, reader.oldest_pending_s) == (0, 0, 0.0)
+    assert nothing == (0, 0.0)
+    assert writer.stored_bytes == read_only
+    assert (reader.pending_bytes, reader.oldest_pending_s) == (0, 0.0)
 
 
 def test_syncing_elsewhere_disturbs_no_rotation(root: Path, folder: Path) -> None:
@@ -659,6 +658,32 @@ def test_a_journal_at_its_limit_in_its_only_segment_can_be_drained(root: Path, f
     writer.append(b"again")
 
     assert events(read_all(reader)) == [b"again"]
+
+
+def test_a_journal_tells_that_it_refuses_until_it_would_take_the_same_again(root: Path, folder: Path) -> None:
+    """Readiness is asked for by whoever sends the traffic: said too late, requests are lost, said for ever, a process."""
+    clock = Clock()
+    writer = JournalWriter(folder, limit_bytes=1000, clock=clock)
+    writer.append(bytes(600))
+    before = writer.refusal
+    with pytest.raises(JournalFull):
+        writer.append(bytes(600))
+    while_full = writer.refusal
+    stored_bytes = writer.stored_bytes
+    clock.now_s += 1
+    writer.append(b"a small one")
+    after_success = writer.refusal
+    with pytest.raises(JournalFull):
+        writer.append_many([bytes(300), bytes(300)])
+    refused_again = writer.refusal
+    reader = JournalReader(root)
+    read_all(reader)
+    reader.commit()
+
+    assert stored_bytes < 1000
+    assert while_full == f"full: {stored_bytes} bytes wait to be logged"
+    assert refused_again.startswith("full: ")
+    assert (before, after_success, writer.refusal) == ("", "", "")
 
 
 # Other processes
@@ -796,6 +821,8 @@ def test_a_full_disk_refuses_and_leaves_the_journal_whole(root: Path, folder: Pa
 import resource
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def state():
+    return writer.refusal.replace(" ", "_") or "ok"
 def refused(*payloads):
     try:
         writer.append_many(payloads) if len(payloads) > 1 else writer.append(*payloads)
@@ -804,24 +831,26 @@ def refused(*payloads):
     return False
 writer = JournalWriter(folder)
 limit(0)
-print(refused(b"never"))
+print(refused(b"never"), state())
 limit(1000)
+print(state())
 count = 0
 while not refused(b"event %d" % count):
     count += 1
 print(count)
 print(refused(bytes(300)), refused(*[b"group"] * 5))
 limit(1_000_000)
-print(refused(b"again"), refused(*[b"group"] * 2))
+print(refused(b"again"), refused(*[b"group"] * 2), state())
 """
     with child(program, folder) as process:
         output, _ = process.communicate()
-    nothing_fits, count, *rest = output.decode().split()
+    nothing_fits, while_full, after, count, *rest = output.decode().split()
     reader = JournalReader(root)
 
     actual = read_all(reader)
 
-    assert [nothing_fits, *rest] == ["True", "True", "True", "False", "False"]
+    assert [nothing_fits, *rest] == ["True", "True", "True", "False", "False", "ok"]
+    assert (while_full, after) == ("the_disk_takes_no_more:_File_too_large", "ok")
     assert int(count) > 20
     expected = [b"event %d" % number for number in range(int(count))]
     assert [*expected, b"again", b"group", b"group"] == [record.payload for record in actual]

@@ -1,5 +1,6 @@
 """The catalogue of models: registering versions, their stages, activation and routing."""
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +9,17 @@ import msgspec
 from msgspec import UnsetType
 
 from phoenix_ml.application.ports import ArtifactStore, Engines, ModelHints, Registry
+from phoenix_ml.application.serving import load_version
 from phoenix_ml.application.statistics.baseline import describe_reference
-from phoenix_ml.domain.errors import FeatureInvalid, InferenceFailed, ModelRefused, NotFound, VersionConflict
+from phoenix_ml.domain.errors import (
+    FeatureInvalid,
+    InferenceFailed,
+    InvalidField,
+    ModelLoadFailed,
+    ModelRefused,
+    NotFound,
+    VersionConflict,
+)
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
@@ -46,61 +56,98 @@ def register(
 ) -> ModelVersion:
     """The registered version: its artifact stored, loaded and run once on sample rows.
 
-    The same version with the same bytes is a no-op. Raises VersionConflict for other bytes, or for
-    another feature contract, and
-    ModelRefused with the runtime's own words for what will not run; then nothing is left behind.
+    The same version with the same bytes is a no-op that repairs a damaged artifact. Raises VersionConflict
+    for other bytes, or for another feature contract, and ModelRefused with the runtime's own words for
+    what will not run; nothing of it was stored then.
     """
     check_model_id(registration.id)
     check_version(registration.version)
-    stored = artifacts.put(artifact)
+    sha256 = _digest(artifact)
+    existing = _find(registry, registration)
+    if existing is not None:
+        _check_same(existing, sha256, registration)
+        _store(artifacts, artifact, sha256)
+        return existing
+    # Looked at before it is stored: what is refused need not be taken away, which another version of the
+    # same bytes, registered at this moment, would miss.
+    metadata = _describe(engines, artifact, registration, reference)
+    version = ModelVersion(
+        model_id=registration.id,
+        version=registration.version,
+        framework="onnx",
+        uri=_store(artifacts, artifact, sha256),
+        sha256=sha256,
+        stage=registration.stage,
+        is_active=False,
+        created_at_ms=time.time_ns() // 1_000_000,
+        metadata=metadata,
+    )
     try:
+        registry.add(version, actor)
+    except VersionConflict:
+        # Somebody else was faster; with the same bytes that is what was wanted.
         existing = _find(registry, registration)
-        if existing is not None:
-            if existing.sha256 == stored.sha256:
-                _check_same_contract(existing, registration)
-                return existing
-            raise VersionConflict(
-                f"{registration.id} {registration.version} is already registered with other bytes "
-                f"(sha256 {existing.sha256[:12]}…, yours {stored.sha256[:12]}…): versions are immutable, "
-                "register a new one",
-                registered_sha256=existing.sha256,
-                given_sha256=stored.sha256,
-            )
-        path = artifacts.fetch(stored.uri, stored.sha256)
-        version = ModelVersion(
-            model_id=registration.id,
-            version=registration.version,
-            framework="onnx",
-            uri=stored.uri,
-            sha256=stored.sha256,
-            stage=registration.stage,
-            is_active=False,
-            created_at_ms=time.time_ns() // 1_000_000,
-            metadata=_describe(engines, path, registration, reference),
-        )
-        try:
-            registry.add(version, actor)
-        except VersionConflict:
-            # Somebody else was faster; with the same bytes that is what was wanted.
-            existing = _find(registry, registration)
-            if existing is None or existing.sha256 != stored.sha256:
-                raise
-            _check_same_contract(existing, registration)
-            return existing
-    except BaseException:
-        # Another version with the same bytes may have come meanwhile.
-        if stored.is_new and all(v.uri != stored.uri for v in registry.list_versions()):
-            artifacts.remove(stored.uri)
-        raise
+        if existing is None:
+            raise
+        _check_same(existing, sha256, registration)
+        return existing
     return version
 
 
-def _check_same_contract(existing: ModelVersion, registration: Registration) -> None:
-    """Raises VersionConflict when the registration says other things of the features than the version has."""
-    given = registration.features
-    if given and FeatureContract.check(existing.metadata.columns, given) != existing.metadata.contract:
+def activate(
+    registry: Registry, artifacts: ArtifactStore, engines: Engines, model_id: str, version: str, *, actor: str
+) -> ModelVersion:
+    """The version, which may answer requests from now on.
+
+    Raises ModelRefused, in the loader's own words, for one that no longer loads.
+    """
+    try:
+        load_version(registry.get(model_id, version), artifacts, engines)
+    except ModelLoadFailed as exc:
+        raise ModelRefused(
+            f"{model_id} {version} does not load: {exc.message}; register the same file again to repair it, "
+            "or a new version",
+            **exc.details,
+        ) from exc
+    return registry.set_active(model_id, version, True, actor)
+
+
+def _digest(artifact: Path) -> str:
+    try:
+        if not artifact.is_file():  # what can be read only once cannot be looked at before it is stored
+            raise InvalidField(f"{artifact} is not a file: save the model as one first", field="artifact")
+        with artifact.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise InvalidField(f"{artifact} cannot be read: {exc.strerror}", field="artifact") from exc
+
+
+def _store(artifacts: ArtifactStore, artifact: Path, sha256: str) -> str:
+    """The artifact's URI. Raises ModelRefused when the file is no longer the one that was looked at."""
+    stored = artifacts.put(artifact)
+    if stored.sha256 != sha256:
+        raise ModelRefused(f"{artifact.name} was changed while it was registered: register it again")
+    return stored.uri
+
+
+def _check_same(existing: ModelVersion, sha256: str, registration: Registration) -> None:
+    """Raises VersionConflict when the version has other bytes, or another contract, than are registered."""
+    name = f"{existing.model_id} {existing.version}"
+    if existing.sha256 != sha256:
         raise VersionConflict(
-            f"{existing.model_id} {existing.version} is already registered with another feature contract: "
+            f"{name} is already registered with other bytes (sha256 {existing.sha256[:12]}…, yours "
+            f"{sha256[:12]}…): versions are immutable, register a new one",
+            registered_sha256=existing.sha256,
+            given_sha256=sha256,
+        )
+    metadata, given = existing.metadata, registration.features
+    if not given:
+        return
+    # The columns of a lone tensor have no names of their own: the order of the contract gives them.
+    is_named_in_order = len(metadata.signature.inputs) > 1 or tuple(given) == metadata.features
+    if not is_named_in_order or FeatureContract.check(metadata.columns, given) != metadata.contract:
+        raise VersionConflict(
+            f"{name} is already registered with another feature contract: "
             "versions are immutable, register a new one"
         )
 
@@ -124,7 +171,11 @@ def _describe(
     metadata = msgspec.structs.replace(metadata, contract=contract)
     if reference is not None:
         metadata = msgspec.structs.replace(metadata, baseline=describe_reference(reference, contract))
-    return _try_out(engines, path, metadata, reference)
+    metadata = _try_out(engines, path, metadata, reference)
+    # In JSON a backslash of a text is itself escaped, so without these pairs only U+0000 looks like this.
+    if b"\\u0000" in msgspec.json.encode(metadata).replace(b"\\\\", b""):
+        raise ModelRefused("a name or a reference value has U+0000, which no database can store in a text")
+    return metadata
 
 
 def _try_out(

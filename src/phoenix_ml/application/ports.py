@@ -12,13 +12,11 @@ from phoenix_ml.domain.events import Event, PredictionMade
 from phoenix_ml.domain.features import FeatureType, StoredFeatures
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
 from phoenix_ml.domain.routing import Routing
-from phoenix_ml.domain.rows import Column, Outputs, Rows, Scalar
+from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
 
 
 class Engine(Protocol):
     """One loaded version. It runs one batch at a time and knows no queue; any thread may call it."""
-
-    device: str
 
     def run(self, rows: Rows) -> Outputs:
         """One result a row, in order. Raises InferenceFailed with the runtime's own words."""
@@ -76,19 +74,18 @@ class FeatureStore(Protocol):
         """
         ...
 
-    async def check(self) -> None:
-        """Returns when the store answers."""
+    async def check(self, patience_s: float = 0.0) -> None:
+        """Returns when the store answers as quickly as a read needs it, or within the patience at a start."""
         ...
 
     async def close(self) -> None: ...
 
 
 class StoredArtifact(Struct, frozen=True):
-    """Where an artifact lies, under its digest; ``is_new`` when this call put it there."""
+    """Where an artifact lies, under its digest."""
 
     uri: str
     sha256: str
-    is_new: bool
 
 
 class ArtifactStore(Protocol):
@@ -107,10 +104,6 @@ class ArtifactStore(Protocol):
         Raises ModelLoadFailed, with path and digests, when it is gone or damaged, or when the URI
         leads out of the store.
         """
-        ...
-
-    def remove(self, uri: str) -> None:
-        """Forgets an artifact that no version refers to."""
         ...
 
 
@@ -203,23 +196,31 @@ class Journal(Protocol):
         ...
 
 
-class RecordedEvent(Struct, frozen=True):
-    """An event read back, as its bytes too, and the columns that its inputs were packed by."""
+class RecordedEvent(Struct, frozen=True, gc=False):
+    """An event read back, as its bytes too, and the format that a prediction's inputs were packed by.
+
+    ``origin`` is for the adapter that read it: where, and what else it needs to bring the event back.
+    """
 
     event: Event
     payload: bytes
-    columns: tuple[Column, ...] = ()
+    row_format: RowFormat | None = None
+    origin: Any = None
 
 
 class UnreadableEvent(Struct, frozen=True):
-    """Bytes that hold no event, and why."""
+    """Bytes that hold no event, or one that is stored nowhere, and why. ``origin`` as for an event."""
 
     payload: bytes
     reason: str
+    origin: Any = None
 
 
 class EventSource(Protocol):
-    """Recorded events, at least once and in order for each process that made them."""
+    """Recorded events, at least once and in order for each process that made them.
+
+    ``read`` and ``commit`` raise EventsUnavailable when the events cannot be reached.
+    """
 
     def read(self, max_events: int) -> list[RecordedEvent | UnreadableEvent]:
         """The next events; empty when there are none now."""
@@ -231,6 +232,35 @@ class EventSource(Protocol):
 
     def rewind(self) -> None:
         """What was read and not committed comes again."""
+        ...
+
+
+class DeadLetter(Struct, frozen=True):
+    """Something that could not be shipped or logged; ``event`` is None where its bytes are none."""
+
+    place: str
+    buried_at: str
+    reason: str
+    payload: bytes
+    event: Event | None
+
+
+class DeadLetters(Protocol):
+    """What could not be shipped or logged, kept until somebody has removed the cause.
+
+    Every method raises EventsUnavailable when the letters cannot be reached.
+    """
+
+    def bury(self, event: UnreadableEvent) -> None:
+        """Returns when the letter is safe: its source may forget it after that."""
+        ...
+
+    def letters(self, limit: int) -> list[DeadLetter]:
+        """The oldest that were not requeued."""
+        ...
+
+    def requeue(self, limit: int) -> int:
+        """How many events went back on the road to the log, the oldest first."""
         ...
 
 
@@ -280,6 +310,11 @@ class UnmatchedOutcome(Struct, frozen=True):
     observed_at_ms: int
     received_at_ms: int
 
+    @property
+    def cursor(self) -> str:
+        """Where a page that ends with this outcome ends."""
+        return f"{self.received_at_ms}.{self.id}"
+
 
 class PredictionLog(Protocol):
     """Predictions and outcomes for good, each id once. Raises DatabaseUnavailable when the database is."""
@@ -298,8 +333,10 @@ class PredictionLog(Protocol):
         """A page and the cursor of the next one, None at the end."""
         ...
 
-    def unmatched_outcomes(self, limit: int) -> tuple[int, list[UnmatchedOutcome]]:
-        """How many outcomes wait for a prediction that the log does not have, and the newest of them."""
+    def unmatched_outcomes(self, limit: int, cursor: str | None = None) -> tuple[int, list[UnmatchedOutcome]]:
+        """How many outcomes wait for a prediction that the log does not have, and the newest of them;
+        with ``cursor``, the newest of those after the outcome that has it.
+        """
         ...
 
 

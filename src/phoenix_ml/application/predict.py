@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -19,6 +19,7 @@ from phoenix_ml.domain.errors import (
     PhoenixError,
 )
 from phoenix_ml.domain.events import PredictionMade
+from phoenix_ml.domain.features import FeatureType, StoredFeatures
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Instance, PredictionRequest
 from phoenix_ml.domain.routing import Choice, Role, Strategy
@@ -28,6 +29,16 @@ log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 # Shadows may fall behind the answers by so many; more are counted as failed, not queued.
 _SHADOWS_LIMIT = 1000
+
+
+class _Reading(msgspec.Struct):
+    """What the store said of an entity, when, and in which types; ``took_s`` is None when it was not asked."""
+
+    types: Mapping[str, FeatureType]
+    stored: StoredFeatures | None
+    error: FeatureStoreUnavailable | None
+    at_ms: int
+    took_s: float | None
 
 
 class _Row(msgspec.Struct, gc=False):
@@ -42,7 +53,8 @@ class _Row(msgspec.Struct, gc=False):
     values: list[Scalar]
     packed: bytes
     sources: str
-    feature_read_s: float | None
+    reading: _Reading
+    traceparent: str | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -71,8 +83,9 @@ class Predict:
         self._batch_limit = batch_limit
         self._shadows: set[asyncio.Task[None]] = set()
 
-    async def one(self, request: PredictionRequest, started: float) -> Answer:
-        """The answer, already on record. ``started`` is ``time.perf_counter()`` at arrival.
+    async def one(self, request: PredictionRequest, started: float, traceparent: str | None = None) -> Answer:
+        """The answer, already on record. ``started`` is ``time.perf_counter()`` at arrival, ``traceparent`` the
+        caller's trace context, which goes on record too.
 
         Raises what the steps raise: ModelUnknown, VersionUnknown, VersionInactive, ModelLoadFailed,
         EntityUnknown, FeatureStoreUnavailable, the feature errors, InferenceFailed, Overloaded,
@@ -80,12 +93,15 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request)
+        row.traceparent = traceparent
         event = await self._answer(model, row, started, None)
         if model.shadows and request.model_version is None:
-            self._start_shadows(model, request, event)
+            self._start_shadows(model, request, event, row.reading)
         return Answer(event, row.served.contract.names)
 
-    async def batch(self, request: BatchRequest, started: float) -> list[Answer]:
+    async def batch(
+        self, request: BatchRequest, started: float, traceparent: str | None = None
+    ) -> list[Answer]:
         """One answer an instance, in order, all on record; or an error that names the bad instance.
 
         Instances that the routing gives to the same version run as one batch. Raises InvalidField for
@@ -96,6 +112,7 @@ class Predict:
         rows = await self._prepare_all(model, request)
         groups: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
+            row.traceparent = traceparent
             groups.setdefault(row.choice.version, []).append(number)
         answers: dict[int, tuple[PredictionMade, float]] = {}
         for numbers in groups.values():
@@ -111,10 +128,10 @@ class Predict:
         events = [answers[number][0] for number in range(len(rows))]
         self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         for number, row in enumerate(rows):
-            self._meter.answered(events[number], len(row.values), row.feature_read_s, answers[number][1])
+            self._meter.answered(events[number], len(row.values), row.reading.took_s, answers[number][1])
         if model.shadows and request.model_version is None:
-            for instance, event in zip(request.instances, events, strict=True):
-                self._start_shadows(model, instance, event)
+            for instance, event, row in zip(request.instances, events, rows, strict=True):
+                self._start_shadows(model, instance, event, row.reading)
         return [Answer(event, row.served.contract.names) for event, row in zip(events, rows, strict=True)]
 
     async def drain(self) -> None:
@@ -149,24 +166,23 @@ class Predict:
         prediction_id = new_id()
         key = instance.routing_key or instance.entity_id or prediction_id
         served, choice = model.pick(version, key)
-        return await self._resolve(served, choice, instance, prediction_id, key)
+        reading = await self._read(model.types[choice.version], instance)
+        return _resolve(served, choice, instance, prediction_id, key, reading)
 
-    async def _resolve(
-        self, served: ServedVersion, choice: Choice, instance: Instance, prediction_id: str, key: str
-    ) -> _Row:
-        """The row's values: from the store, else from the request, else their defaults."""
+    async def _read(self, types: Mapping[str, FeatureType], instance: Instance) -> _Reading:
+        """What the store has of the instance's entity; it may fail where the request has features too."""
         entity_id, given = instance.entity_id, instance.features
-        stored = store_error = feature_read_s = None
+        stored = error = took_s = None
         if entity_id is not None:
             asked_at = time.perf_counter()
             try:
-                stored = await self._features.read(entity_id, served.contract.types)
+                stored = await self._features.read(entity_id, types)
             except FeatureStoreUnavailable as exc:
                 if not given:
                     raise
-                store_error = exc
-            feature_read_s = time.perf_counter() - asked_at
-            if stored is None and not given and store_error is None:
+                error = exc
+            took_s = time.perf_counter() - asked_at
+            if stored is None and not given and error is None:
                 raise EntityUnknown(
                     f"no features are stored for entity {entity_id!r}: store them or send 'features'",
                     entity_id=entity_id,
@@ -175,17 +191,7 @@ class Predict:
             raise InvalidField(
                 "give an 'entity_id' whose features are stored, or 'features'", field="entity_id"
             )
-        try:
-            values, sources = served.contract.resolve(stored, given, time.time_ns() // 1_000_000)
-        except FeatureMissing as exc:
-            if store_error is not None:  # the store may well have it: asking again later can succeed
-                raise store_error from exc
-            raise
-        packed = served.format.pack(values)
-        request_id = instance.request_id or prediction_id
-        return _Row(  # by position, like the event: keywords cost 0.6 µs more
-            served, choice, prediction_id, entity_id, request_id, key, values, packed, sources, feature_read_s
-        )
+        return _Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
 
     async def _answer(
         self, model: LiveModel, row: _Row, started: float, shadow_of: str | None
@@ -196,20 +202,28 @@ class Predict:
         inference_s = time.perf_counter() - ran_at
         event = _event(row, outputs, 0, 1, started, shadow_of)
         self._journal.append(_encode(event), model.schema_digest, model.schema)
-        self._meter.answered(event, len(row.values), row.feature_read_s, inference_s)
+        self._meter.answered(event, len(row.values), row.reading.took_s, inference_s)
         return event
 
-    def _start_shadows(self, model: LiveModel, instance: Instance, answered: PredictionMade) -> None:
+    def _start_shadows(
+        self, model: LiveModel, instance: Instance, answered: PredictionMade, reading: _Reading
+    ) -> None:
         for version in model.shadows:
             if len(self._shadows) >= _SHADOWS_LIMIT:
                 self._meter.shadow_failed(model.model_id, version, Overloaded.code)
                 continue
-            task = asyncio.get_running_loop().create_task(self._shadow(model, version, instance, answered))
+            shadow = self._shadow(model, version, instance, answered, reading)
+            task = asyncio.get_running_loop().create_task(shadow)
             self._shadows.add(task)
             task.add_done_callback(self._shadows.discard)
 
     async def _shadow(
-        self, model: LiveModel, version: str, instance: Instance, answered: PredictionMade
+        self,
+        model: LiveModel,
+        version: str,
+        instance: Instance,
+        answered: PredictionMade,
+        reading: _Reading,
     ) -> None:
         """Lets a shadow version answer the same row, on record but for nobody's eyes.
 
@@ -219,8 +233,13 @@ class Predict:
             served, _ = model.pick(version, answered.routing_key)
             choice = Choice(version, Strategy.SHADOW, Role.SHADOW, 1.0)
             started = time.perf_counter()
-            row = await self._resolve(served, choice, instance, new_id(), answered.routing_key)
-            row.request_id = answered.request_id
+            if served.contract.types.items() <= reading.types.items():
+                reading = msgspec.structs.replace(reading, took_s=None)
+            else:
+                # It takes a feature in another type than the champion, in which only the store can give it.
+                reading = await self._read(served.contract.types, instance)
+            row = _resolve(served, choice, instance, new_id(), answered.routing_key, reading)
+            row.request_id, row.traceparent = answered.request_id, answered.traceparent
             await self._answer(model, row, started, answered.id)
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, version, exc.code)
@@ -231,6 +250,28 @@ class Predict:
                 exc.message,
                 extra={"code": exc.code, "prediction_id": answered.id},
             )
+
+
+def _resolve(
+    served: ServedVersion,
+    choice: Choice,
+    instance: Instance,
+    prediction_id: str,
+    key: str,
+    reading: _Reading,
+) -> _Row:
+    """The row's values: from the store, else from the request, else their defaults."""
+    try:
+        values, sources = served.contract.resolve(reading.stored, instance.features, reading.at_ms)
+    except FeatureMissing as exc:
+        if reading.error is not None:  # the store may well have it: asking again later can succeed
+            raise reading.error from exc
+        raise
+    packed = served.format.pack(values)
+    request_id = instance.request_id or prediction_id
+    return _Row(  # by position, like the event: keywords cost 0.6 µs more
+        served, choice, prediction_id, instance.entity_id, request_id, key, values, packed, sources, reading
+    )
 
 
 def _event(
@@ -258,4 +299,5 @@ def _event(
         batch_size,
         position,
         shadow_of,
+        row.traceparent,
     )

@@ -38,8 +38,8 @@ def record_events(
     """Moves the next events from the source to the log and only then lets the source forget them.
 
     What happens twice is stored once, because ids are keys. An event that can't be read or that the
-    database will never take goes to ``bury`` and never stops the others. Raises DatabaseUnavailable:
-    then nothing is forgotten, and the same events come with the next call.
+    database will never take goes to ``bury`` and never stops the others. Raises DatabaseUnavailable and
+    EventsUnavailable: then nothing is forgotten, and the same events come with the next call.
     """
     batch = source.read(max_events)
     if not batch:
@@ -71,7 +71,7 @@ def _store(
         return prediction_log.write(events), []
     except EventRejected as exc:
         if len(events) == 1:
-            return 0, [UnreadableEvent(events[0].payload, str(exc))]
+            return 0, [UnreadableEvent(events[0].payload, str(exc), events[0].origin)]
     middle = len(events) // 2
     first, first_rejected = _store(prediction_log, events[:middle])
     second, second_rejected = _store(prediction_log, events[middle:])

@@ -5,8 +5,9 @@ from typing import Any
 
 import msgspec
 
-from phoenix_ml.application.ports import LoggedPrediction, UnmatchedOutcome
+from phoenix_ml.application.ports import LoggedPrediction, PredictionLog, UnmatchedOutcome
 from phoenix_ml.domain.errors import InvalidField
+from phoenix_ml.domain.events import Event, OutcomeReported
 from phoenix_ml.domain.models import ModelVersion
 
 
@@ -82,10 +83,42 @@ def describe_prediction(row: LoggedPrediction) -> dict[str, Any]:
     }
 
 
+def list_unmatched(log: PredictionLog, limit: int, cursor: str | None) -> dict[str, Any]:
+    """A page of the outcomes whose prediction is not in the log, newest first, and how many there are in all."""
+    count, found = log.unmatched_outcomes(limit + 1, cursor)
+    page = found[:limit]
+    return {
+        "count": count,
+        "items": [describe_outcome(outcome) for outcome in page],
+        "next_cursor": page[-1].cursor if len(found) > limit else None,
+    }
+
+
 def describe_outcome(outcome: UnmatchedOutcome) -> dict[str, Any]:
     return {
         "prediction_id": outcome.prediction_id,
         "outcome": outcome.outcome,
         "observed_at": iso_time(outcome.observed_at_ms),
         "received_at": iso_time(outcome.received_at_ms),
+    }
+
+
+def describe_event(event: Event) -> dict[str, Any]:
+    """An event that is on its way; a prediction's values are not named yet."""
+    if isinstance(event, OutcomeReported):
+        return {
+            "kind": "outcome",
+            "id": event.id,
+            "prediction_id": event.prediction_id,
+            "outcome": event.outcome,
+            "received_at": iso_time(event.received_at_ms),
+        }
+    return {
+        "kind": "prediction",
+        "id": event.id,
+        "model_id": event.model_id,
+        "model_version": event.model_version,
+        "entity_id": event.entity_id,
+        "result": event.result,
+        "created_at": iso_time(event.created_at_ms),
     }

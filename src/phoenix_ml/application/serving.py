@@ -36,6 +36,8 @@ _WARM_UP_S = 0.5
 _WARM_UP_ROWS = 16
 _RETRY_FAILED_S = 5.0
 
+_Key = tuple[str, str]  # model id and version
+
 log = logging.getLogger(__name__)
 
 
@@ -117,8 +119,15 @@ class LiveModel:
         self.served = served
         self.router = router
         self.shadows = router.shadows if router is not None else ()
+        loaded = {v: s for v, s in served.items() if isinstance(s, ServedVersion)}
+        # What the store is asked for, by version. What only shadows need is read along with it, so that
+        # they see the entity in the very state that the answer was made from.
+        beside = {
+            name: t for v in self.shadows if v in loaded for name, t in loaded[v].contract.types.items()
+        }
+        self.types = {v: beside | s.contract.types if beside else s.contract.types for v, s in loaded.items()}
         # The journal holds packed values; this tells their names and types, by version, to its reader.
-        columns = {v: s.version.metadata.columns for v, s in served.items() if isinstance(s, ServedVersion)}
+        columns = {v: s.version.metadata.columns for v, s in loaded.items()}
         self.schema = msgspec.msgpack.encode(columns)
         self.schema_digest = blake2b(self.schema, digest_size=8).digest()
 
@@ -158,10 +167,10 @@ class LiveModel:
 
 
 class LiveModels:
-    """The routing table in memory. Requests read it; only ``refresh`` replaces it, in one assignment.
+    """The routing table in memory. Requests read it; a change replaces it in one assignment.
 
-    A changed version is loaded and warmed beside the old one; the old one drains because requests in
-    flight hold it, and is freed with the last of them.
+    A changed version is loaded and warmed beside the old one, and delays no other change; the old one
+    drains because requests in flight hold it, and is freed with the last of them.
     """
 
     def __init__(
@@ -179,13 +188,24 @@ class LiveModels:
         self._clock = clock
         self._table: Mapping[str, LiveModel] = {}
         self._revision: int | None = None
+        self._is_ready = False
         self._retry_at = float("inf")
-        self._refreshing = threading.Lock()
+        # What follows belongs to whoever holds the condition; it is never held while a version loads.
+        self._changed = threading.Condition()
+        self._registered: dict[str, tuple[list[ModelVersion], Routing | None]] = {}
+        self._served: dict[_Key, ServedVersion | ModelLoadFailed] = {}
+        self._due: dict[_Key, ModelVersion] = {}
+        self._loading: set[_Key] = set()
 
     @property
     def is_ready(self) -> bool:
-        """Whether the registry was read at least once."""
-        return self._revision is not None
+        """Whether the registry was read, and what it had then was loaded, or has failed to."""
+        return self._is_ready
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing to load."""
+        return not self._due
 
     @property
     def models(self) -> Mapping[str, LiveModel]:
@@ -210,66 +230,140 @@ class LiveModels:
             if isinstance(served, ModelLoadFailed)
         }
 
-    def refresh(self) -> bool:
-        """Whether the table was replaced: when the registry changed, or a failed version may load now.
+    def refresh(self, model_id: str | None = None) -> bool:
+        """What ``look`` answers, once the model, or without a name every model, is loaded.
 
         Blocks while versions load, so it is called off the event loop. Raises DatabaseUnavailable; the
         table stays as it was.
         """
-        with self._refreshing:
+        is_changed = self.look()
+        self.load(model_id)
+        return is_changed
+
+    def look(self) -> bool:
+        """Whether there was something to do: the registry changed, or a failed version may load now.
+
+        Follows the registry as far as the versions that are loaded allow; the others are due. Raises
+        DatabaseUnavailable; the table stays as it was.
+        """
+        with self._changed:
             revision = self._registry.revision()
             if revision == self._revision and self._clock() < self._retry_at:
                 return False
-            versions = self._registry.list_versions()
-            routings = self._registry.routings()
-            if self._registry.revision() != revision:
-                # A change came between the readings, which may not fit together: the next look reads anew.
-                return False
-            by_model: dict[str, list[ModelVersion]] = {}
+            while True:
+                versions = self._registry.list_versions()
+                routings = self._registry.routings()
+                read_at, revision = revision, self._registry.revision()
+                if revision == read_at:
+                    break
+                # A change came between the readings, which may not fit together: read anew.
+            registered: dict[str, tuple[list[ModelVersion], Routing | None]] = {}
             for version in versions:
-                by_model.setdefault(version.model_id, []).append(version)
-            table = {
-                model_id: self._live(model_id, of_model, routings.get(model_id))
-                for model_id, of_model in by_model.items()
+                of_model, _ = registered.setdefault(version.model_id, ([], routings.get(version.model_id)))
+                of_model.append(version)
+            active = {_key(version): version for version in versions if version.is_active}
+            self._registered = registered
+            self._served = {key: served for key, served in self._served.items() if key in active}
+            self._due = {
+                key: version
+                for key, version in active.items()
+                if not isinstance(self._served.get(key), ServedVersion)
             }
-            self._table = table
+            self._retry_at = float("inf")
+            table = {model_id: self._live(model_id) for model_id in registered}
+            self._table = {model_id: live for model_id, live in table.items() if live is not None}
             self._revision = revision
-            self._retry_at = self._clock() + _RETRY_FAILED_S if self.failures() else float("inf")
+            self._is_ready = self._is_ready or self.is_complete
+            self._changed.notify_all()
             return True
 
-    def _live(self, model_id: str, versions: list[ModelVersion], routing: Routing | None) -> LiveModel:
-        before = self._table.get(model_id)
+    def load(self, model_id: str | None = None) -> None:
+        """Loads what is due, of the model or of all; returns when nothing is, by whomever it was loaded.
+
+        Each version is put to use as soon as it is loaded. Blocks, so it is called off the event loop.
+        """
+        while (version := self._claim(model_id)) is not None:
+            served = None
+            try:
+                served = self._load(version)
+            finally:
+                self._settle(version, served)
+
+    def _claim(self, model_id: str | None) -> ModelVersion | None:
+        """A version that is due and that nobody else loads; None when no version is due any more."""
+        with self._changed:
+            while True:
+                due = {key: v for key, v in self._due.items() if model_id in (None, v.model_id)}
+                free = next((key for key in due if key not in self._loading), None)
+                if free is not None:
+                    self._loading.add(free)
+                    return due[free]
+                if not due:
+                    return None
+                self._changed.wait()
+
+    def _settle(self, version: ModelVersion, served: ServedVersion | ModelLoadFailed | None) -> None:
+        """Puts a loaded version to use, unless it was taken out of service meanwhile."""
+        key = _key(version)
+        with self._changed:
+            self._loading.discard(key)
+            if served is not None and self._due.pop(key, None) is not None:
+                self._served[key] = served
+                if isinstance(served, ModelLoadFailed):
+                    self._retry_at = self._clock() + _RETRY_FAILED_S
+                live = self._live(version.model_id)
+                if live is not None:
+                    self._table = {**self._table, version.model_id: live}
+                self._is_ready = self._is_ready or self.is_complete
+            self._changed.notify_all()
+
+    def _live(self, model_id: str) -> LiveModel | None:
+        """The model as the registry wants it; while what that needs still loads, as it was."""
+        versions, routing = self._registered[model_id]
         active = [version for version in versions if version.is_active]
-        served: dict[str, ServedVersion | ModelLoadFailed] = {}
-        for version in active:
-            loaded = before.served.get(version.version) if before else None
-            served[version.version] = loaded if isinstance(loaded, ServedVersion) else self._load(version)
+        served = {v.version: self._served[_key(v)] for v in active if _key(v) in self._served}
         # By default nothing moves to a version that does not load while another one can answer.
-        able = [version for version in active if isinstance(served[version.version], ServedVersion)]
-        chosen = routing or default_routing(able) or default_routing(active)
+        able = [version for version in active if isinstance(served.get(version.version), ServedVersion)]
+        chosen = routing or default_routing(able)
+        if len(served) < len(active) and not (chosen and served.keys() >= set(chosen.versions)):
+            return self._table.get(model_id)
+        chosen = chosen or default_routing(active)
         router = Router(model_id, chosen) if chosen else None
         return LiveModel(model_id, frozenset(v.version for v in versions), served, router)
 
     def _load(self, version: ModelVersion) -> ServedVersion | ModelLoadFailed:
         started = time.perf_counter()
-        where = {
-            "model_id": version.model_id,
-            "version": version.version,
-            "framework": version.framework,
-            "uri": version.uri,
-            "sha256": version.sha256,
-        }
+        where = _where(version)
         try:
-            path = self._artifacts.fetch(version.uri, version.sha256)
-            served = ServedVersion(version, self._engines.load(path, version.metadata))
+            served = load_version(version, self._artifacts, self._engines)
         except ModelLoadFailed as exc:
-            failure = ModelLoadFailed(exc.message, **(where | exc.details))
-        except (ModelRefused, InferenceFailed) as exc:
-            failure = ModelLoadFailed(exc.message, **where)
-        else:
-            self._meter.loaded(version.model_id, version.version, time.perf_counter() - started)
-            log.info("model loaded", extra=where | {"first_row_us": round(served.first_row_s * 1e6)})
-            return served
-        self._meter.load_failed(version.model_id, version.version)
-        log.error("model does not load: %s", failure.message, extra=where)
-        return failure
+            self._meter.load_failed(version.model_id, version.version)
+            log.error("model does not load: %s", exc.message, extra=where)  # noqa: TRY400 - its words say all
+            # Not the exception itself: its traceback would keep alive what the loader's frames hold.
+            return ModelLoadFailed(exc.message, **exc.details)
+        self._meter.loaded(version.model_id, version.version, time.perf_counter() - started)
+        log.info("model loaded", extra=where | {"first_row_us": round(served.first_row_s * 1e6)})
+        return served
+
+
+def load_version(version: ModelVersion, artifacts: ArtifactStore, engines: Engines) -> ServedVersion:
+    """The version, loaded and warm. Raises ModelLoadFailed with the loader's own words, and where."""
+    try:
+        path = artifacts.fetch(version.uri, version.sha256)
+        return ServedVersion(version, engines.load(path, version.metadata))
+    except (ModelLoadFailed, ModelRefused, InferenceFailed) as exc:
+        raise ModelLoadFailed(exc.message, **(_where(version) | exc.details)) from exc
+
+
+def _where(version: ModelVersion) -> dict[str, str]:
+    return {
+        "model_id": version.model_id,
+        "version": version.version,
+        "framework": version.framework,
+        "uri": version.uri,
+        "sha256": version.sha256,
+    }
+
+
+def _key(version: ModelVersion) -> _Key:
+    return version.model_id, version.version

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import httpx
 import numpy as np
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from phoenix_ml.application.catalogue import Registration, register, set_routing
+from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
 from phoenix_ml.application.features import load_features
 from phoenix_ml.application.ports import LoggedPrediction, PredictionQuery
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
@@ -31,12 +33,13 @@ from phoenix_ml.domain.models import Stage
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.infrastructure.tables import open_table, read_columns
 from phoenix_ml.processes.supervisor import sole_supervisor
-from phoenix_ml.settings import load_settings
+from phoenix_ml.settings import fixed_settings
 
 _MARKER = "made-by-phoenix-demo"
 _CLIENTS = 4
 _START_DEADLINE_S = 60.0
 _LOG_DEADLINE_S = 30.0
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,14 @@ class Replayed:
 
 def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = None) -> int:
     """The exit code; ends after the report with ``exit_after``, else with Ctrl-C."""
+    _end_in_order()
     console = console or Console()
     _renew(data)
     console.rule("[bold]Phoenix ML[/] — credit applications, two models, one A/B test")
     with console.status("training two models on 3,118 applications …"):
         training = train(data / "training", lambda step: console.print(f"  [dim]{step}[/]"))
-    # Only the demo's own folder, whatever databases and stores the environment names.
-    embedded = {"database": "", "features": "sqlite:", "artifacts": "file:", "events": "local:"}
-    settings = load_settings(data=data, host="127.0.0.1", workers=1, roles="log", **embedded)
-    phoenix = bootstrap(settings)
+    # Only the demo's own folder, whatever databases and stores the caller's settings name.
+    phoenix = bootstrap(fixed_settings(data=data.absolute()))
     phoenix.database.upgrade_if_embedded()
     with console.status("registering both versions, loading the features of all applicants …"):
         _register_versions(phoenix, training)
@@ -78,6 +80,19 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
             _wait_for_interrupt()
     phoenix.database.close()
     return 0
+
+
+def _end_in_order() -> None:
+    """Has the signals that would end the demo at once unwind it instead, so that its server ends too."""
+
+    def end(received: int, _: FrameType | None) -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + received)
+
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
 
 
 def _renew(data: Path) -> None:
@@ -105,7 +120,9 @@ def _register_versions(phoenix: Phoenix, training: Training) -> None:
             actor="demo",
             reference=reference,
         )
-        phoenix.registry.set_active(MODEL_NAME, trained.version, True, "demo")
+        activate(
+            phoenix.registry, phoenix.artifacts, phoenix.engines, MODEL_NAME, trained.version, actor="demo"
+        )
     champion, challenger = (trained.version for trained in training.versions)
     arms = (Arm(champion, Role.CHAMPION, 50), Arm(challenger, Role.CHALLENGER, 50))
     set_routing(phoenix.registry, MODEL_NAME, Routing(Strategy.AB_TEST, arms), actor="demo")
@@ -138,13 +155,17 @@ def _server(phoenix: Phoenix, port: int, console: Console) -> Iterator[str]:
     """The base URL of a real server, ``phoenix-ml serve``; it is stopped at the end of the block."""
     url = f"http://127.0.0.1:{port}"
     data = phoenix.settings.data
-    environment = os.environ | phoenix.settings.environment()
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("PHOENIX_")}
+    environment = inherited | phoenix.settings.environment()
     command = [sys.executable, "-m", "phoenix_ml.cli", "serve", "--port", str(port), "--data", str(data)]
     log_path = data / "serve.log"
     with log_path.open("w") as log:
         started = time.monotonic()
-        # A session of its own: Ctrl-C ends the demo, which then stops the server in order.
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)  # noqa: S603
+        # A session of its own: Ctrl-C ends the demo, which then stops the server in order. And a folder of
+        # its own: in the caller's there may be a phoenix.toml.
+        server = subprocess.Popen(  # noqa: S603
+            command, stdout=log, stderr=log, env=environment, cwd=data, start_new_session=True
+        )
         try:
             _await_ready(url, server, log_path)
             console.print(

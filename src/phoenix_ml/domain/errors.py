@@ -27,11 +27,16 @@ PhoenixError
 │   └── RoutingConflict           routing_conflict         a version that the routing still names
 ├── TooLarge
 │   ├── BodyTooLarge              body_too_large
-│   └── BatchTooLarge             batch_too_large
+│   ├── BatchTooLarge             batch_too_large
+│   └── HeadersTooLarge           headers_too_large
+├── Forbidden                     what a web page of another site may not do
+│   ├── CrossSiteRequest          cross_site_request
+│   └── HostNotAllowed            host_not_allowed         a name that is not this server's
 ├── MethodNotAllowed              method_not_allowed
 ├── Unavailable                   try again later; Retry-After says when
 │   ├── FeatureStoreUnavailable   feature_store_unavailable
 │   ├── DatabaseUnavailable       database_unavailable
+│   ├── EventsUnavailable         events_unavailable       Kafka does not answer
 │   ├── ArtifactStoreUnavailable  artifact_store_unavailable  no space, or no permission
 │   ├── ServerUnreachable         server_unreachable       said by the command line
 │   └── Overloaded                overloaded
@@ -151,6 +156,22 @@ class BatchTooLarge(TooLarge):
     code = "batch_too_large"
 
 
+class HeadersTooLarge(TooLarge):
+    code = "headers_too_large"
+
+
+class Forbidden(PhoenixError):
+    pass
+
+
+class CrossSiteRequest(Forbidden):
+    code = "cross_site_request"
+
+
+class HostNotAllowed(Forbidden):
+    code = "host_not_allowed"
+
+
 class MethodNotAllowed(PhoenixError):
     code = "method_not_allowed"
 
@@ -165,6 +186,10 @@ class FeatureStoreUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     code = "database_unavailable"
+
+
+class EventsUnavailable(Unavailable):
+    code = "events_unavailable"
 
 
 class ArtifactStoreUnavailable(Unavailable):

@@ -38,6 +38,7 @@ class PredictionMade(Struct, frozen=True, array_like=True, tag="prediction"):
     batch_size: int
     batch_position: int
     shadow_of: str | None = None
+    traceparent: str | None = None
 
 
 class OutcomeReported(Struct, frozen=True, array_like=True, tag="outcome"):
@@ -48,6 +49,17 @@ class OutcomeReported(Struct, frozen=True, array_like=True, tag="outcome"):
     outcome: Any
     observed_at_ms: int
     received_at_ms: int
+
+
+class ModelChanged(Struct, frozen=True):
+    """The registry has changed: who follows it should look. Never on record, only told."""
+
+    id: str
+    model_id: str
+    model_version: str | None
+    action: str
+    actor: str
+    at_ms: int
 
 
 Event = PredictionMade | OutcomeReported

@@ -6,7 +6,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -19,13 +22,19 @@ from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
+from phoenix_ml.infrastructure.http.protocol import BoundedHeads
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 from phoenix_ml.settings import load_settings
 
+if TYPE_CHECKING:  # Kafka's library is an extra
+    from phoenix_ml.infrastructure.events.kafka import Kafka
+
 log = logging.getLogger(__name__)
+_GREETING_S = 1.0
+_STOP_PATIENCE_S = 1.0
 
 
 async def serve(
@@ -61,14 +70,16 @@ async def serve(
     )
 
     def journal_state() -> str:
-        stored = writer.stored_bytes
-        return "ok" if stored < settings.journal_limit_bytes else f"full: {stored} bytes wait to be logged"
+        refusal = writer.refusal
+        if refusal and settings.journal_full == "drop":
+            return f"{refusal}; predictions are answered and not on record"
+        return refusal or "ok"
 
     app = build_app(phoenix, features, live, calls, journal_state)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHeads,
             loop="uvloop",
             ws="none",
             lifespan="off",
@@ -81,12 +92,13 @@ async def serve(
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )
     )
-    looked = asyncio.Event()
+    looked, told = asyncio.Event(), asyncio.Event()
     tasks = [
-        asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000, looked)),
+        asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000, looked, told)),
         asyncio.create_task(_keep_journal(writer, metrics, settings.journal_sync_ms / 1000)),
         asyncio.create_task(_announce(server, live, on_ready, was_stopped)),
     ]
+    follower = None if phoenix.kafka is None else _Follower(phoenix.kafka, told)
     try:
         # Not before: a process that was started again would call every model unknown until it has read them.
         await looked.wait()
@@ -94,31 +106,42 @@ async def serve(
         await server.serve(sockets=[listener])
         await predict.drain()
     finally:
+        # Threads that wait for a database that hangs would keep the process for as long.
+        phoenix.database.hurry(_STOP_PATIENCE_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         writer.close()
         await features.close()
         metrics.close()
+        if follower is not None:
+            await asyncio.to_thread(follower.stop)
+        await asyncio.to_thread(phoenix.close)
 
 
 async def _greet(features: FeatureStore) -> None:
     """Opens the store's connection with more patience than a request has: its first read would come late."""
     try:
-        await features.check()
+        await features.check(_GREETING_S)
     except FeatureStoreUnavailable as exc:
         log.warning("predictions need features in the request for now: %s", exc.message)
 
 
-async def _follow_registry(live: LiveModels, poll_s: float, looked: asyncio.Event) -> None:
+async def _follow_registry(
+    live: LiveModels, poll_s: float, looked: asyncio.Event, told: asyncio.Event
+) -> None:
     """Keeps the routing table up to date; while the database is down the table stays as it is.
 
-    Sets ``looked`` after the first look, whatever it found.
+    Looks every ``poll_s``, and at once when it is ``told``. Sets ``looked`` after the first look, whatever it
+    found.
     """
     was_down = False
+    loading: asyncio.Task[None] | None = None
     while True:
+        told.clear()
         try:
-            await asyncio.to_thread(live.refresh)
+            # A version that loads delays no other change; at the start there is nothing to serve without it.
+            await asyncio.to_thread(live.look if looked.is_set() else live.refresh)
             was_down = False
         except DatabaseUnavailable as exc:
             if not was_down:
@@ -127,7 +150,38 @@ async def _follow_registry(live: LiveModels, poll_s: float, looked: asyncio.Even
         except Exception:
             log.exception("a look at the registry failed; the next one follows")
         looked.set()
-        await asyncio.sleep(poll_s)
+        if not live.is_complete and (loading is None or loading.done()):
+            loading = asyncio.create_task(_load(live))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(told.wait(), poll_s)
+
+
+async def _load(live: LiveModels) -> None:
+    try:
+        await asyncio.to_thread(live.load)
+    except Exception:
+        log.exception("a model could not be loaded; it is tried again")
+
+
+class _Follower:
+    """Sets ``told`` at each registry change that anybody announces, from a thread of its own."""
+
+    def __init__(self, kafka: "Kafka", told: asyncio.Event) -> None:
+        from phoenix_ml.infrastructure.events.kafka import follow_changes
+
+        loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=follow_changes,
+            args=(kafka, lambda: loop.call_soon_threadsafe(told.set), self._stopping),
+            daemon=True,
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when nothing will be told any more."""
+        self._stopping.set()
+        self._thread.join()
 
 
 async def _keep_journal(journal: JournalWriter, metrics: MetricsWriter, every_s: float) -> None:

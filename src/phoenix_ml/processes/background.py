@@ -1,4 +1,4 @@
-"""The background process: the roles that must never cost a request its latency. Now: ``log``."""
+"""The background process: the roles that must never cost a request its latency."""
 
 import fcntl
 import logging
@@ -8,132 +8,155 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
 
-from phoenix_ml.application.recording import record_events
 from phoenix_ml.bootstrap import Phoenix, bootstrap
-from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured, PhoenixError
-from phoenix_ml.infrastructure.events.local import DeadLetters, LocalEvents
-from phoenix_ml.infrastructure.telemetry import catalogue
+from phoenix_ml.domain.errors import Misconfigured, PhoenixError
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
-from phoenix_ml.settings import load_settings
+from phoenix_ml.processes.log import log_from_journals, log_from_kafka
+from phoenix_ml.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
-ROLES = ("log",)
-_MAX_EVENTS = 2000
-# A transaction costs about as much as 30 rows: with a pause after each batch that was not full the role
-# took 55 CPU µs an event at 5,000 requests a second on a busy machine, without it 130.
-_PAUSE_S = 0.1
-_LONGEST_BACKOFF_S = 5.0
-_GAUGES_EVERY_S = 1.0
-_UNMATCHED_EVERY_S = 10.0
+_LOOK_EVERY_S = 0.1
+# Shorter than the supervisor's patience: what hangs, such as a database, is left to end with the process.
+_STOP_PATIENCE_S = 20.0
+# Longer than a batch takes: at a stop the log role still writes what it can.
+_DATABASE_PATIENCE_S = 5.0
 
 
-class LogRole:
-    """Moves events from the journals to the prediction log until it is told to stop."""
-
-    def __init__(self, phoenix: Phoenix, metrics: MetricsWriter) -> None:
-        self._phoenix = phoenix
-        self._events = LocalEvents(phoenix.settings.journal_folder)
-        self._dead = DeadLetters(phoenix.settings.data / "dead" / "inference-events.dead.jsonl")
-        self._rows = metrics.counter(catalogue.LOG_ROWS)
-        self._dead_total = metrics.counter(catalogue.LOG_DEAD)
-        self._failures = metrics.counter(catalogue.LOG_FAILURES)
-        self._damage = metrics.counter(catalogue.JOURNAL_DAMAGE)
-        self._damage_seen = 0
-        self._pending = metrics.gauge(catalogue.JOURNAL_PENDING_BYTES)
-        self._lag = metrics.gauge(catalogue.JOURNAL_LAG_SECONDS)
-        self._heartbeat = metrics.gauge(catalogue.LOG_HEARTBEAT)
-        self._heartbeat.set(time.time())
-        self._unmatched = metrics.gauge(catalogue.OUTCOMES_UNMATCHED)
-        self._gauges_at = self._unmatched_at = 0.0
-
+class BackgroundRole(Protocol):
     def run(self, stopping: threading.Event) -> None:
-        """Returns after ``stopping`` is set and the journals are read to their end, or at once when the
-        database is down then: what is not logged waits in the journals.
-        """
-        backoff_s = _PAUSE_S
-        while True:
-            was_stopping = stopping.is_set()
-            try:
-                moved = self.step()
-                backoff_s = _PAUSE_S
-            except DatabaseUnavailable as exc:
-                self._failures.add()
-                self._lag.set(self._events.reader.oldest_pending_s)
-                log.warning("the log waits: %s", exc.message)
-                if was_stopping:
-                    return
-                stopping.wait(backoff_s)
-                backoff_s = min(_LONGEST_BACKOFF_S, backoff_s * 2)
-                continue
-            if moved < _MAX_EVENTS:
-                if was_stopping and not moved:
-                    return
-                stopping.wait(_PAUSE_S)
+        """Returns soon after ``stopping`` is set."""
+        ...
 
-    def step(self) -> int:
-        """How many events were moved. Raises DatabaseUnavailable."""
-        moved = record_events(
-            self._events, self._phoenix.prediction_log, self._dead.bury, max_events=_MAX_EVENTS
-        )
-        self._rows.add(moved.new_rows)
-        self._dead_total.add(moved.dead)
-        now = time.time()
-        self._heartbeat.set(now)
-        self._lag.set(0.0 if moved.oldest_at_ms is None else max(0.0, now - moved.oldest_at_ms / 1000))
-        if now - self._gauges_at > _GAUGES_EVERY_S:
-            self._gauges_at = now
-            self._set_gauges(now)
-        return moved.read
-
-    def _set_gauges(self, now: float) -> None:
-        reader = self._events.reader
-        pending_bytes = reader.pending_bytes
-        self._pending.set(pending_bytes)
-        damage = reader.corrupt_regions + reader.torn_tails
-        self._damage.add(max(0, damage - self._damage_seen))
-        self._damage_seen = damage
-        if now - self._unmatched_at > _UNMATCHED_EVERY_S:
-            self._unmatched_at = now
-            count, _ = self._phoenix.prediction_log.unmatched_outcomes(0)
-            self._unmatched.set(count)
-
-    def close(self) -> None:
-        self._events.close()
+    def close(self) -> None: ...
 
 
 @contextmanager
-def sole_log_worker(phoenix: Phoenix) -> Iterator[None]:
-    """Raises Misconfigured when another process logs these journals already."""
-    folder = phoenix.settings.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise Misconfigured(
-                f"another process logs the journals in {phoenix.settings.data} already ('serve' does it too)"
-            ) from exc
+def sole_reader(settings: Settings, stopping: threading.Event) -> Iterator[None]:
+    """Within the block nobody else reads these journals.
+
+    Whoever does now is waited for: the process of a supervisor that was killed ends by itself. Raises
+    Misconfigured when it does not, or when ``stopping`` is set first.
+    """
+    settings.run_folder.mkdir(parents=True, exist_ok=True)
+    patience_s = settings.stop_timeout_s + 5
+    deadline = time.monotonic() + patience_s
+    is_said = False
+    with (settings.run_folder / "journals.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as exc:
+                if time.monotonic() > deadline or stopping.is_set():
+                    raise Misconfigured(
+                        f"another process reads the journals in {settings.data} already ('serve' does it too): "
+                        f"end what 'fuser {settings.run_folder}/journals.lock' names, or leave it to that one"
+                    ) from exc
+            if not is_said:
+                log.warning(
+                    "waiting up to %d s until another process has ended that reads the journals in %s",
+                    patience_s,
+                    settings.data,
+                )
+                is_said = True
+            stopping.wait(_LOOK_EVERY_S)
         yield
 
 
 def work(
-    phoenix: Phoenix, slot: str, stopping: threading.Event, on_ready: Callable[[], None] = lambda: None
+    phoenix: Phoenix,
+    roles: Sequence[str],
+    metrics_file: Path,
+    stopping: threading.Event,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs the log role; returns when ``stopping`` is set and all that can be logged is."""
-    with (
-        sole_log_worker(phoenix),
-        MetricsWriter(phoenix.settings.metrics_folder / f"{slot}.mmap") as metrics,
-    ):
-        role = LogRole(phoenix, metrics)
+    """Runs the roles, a thread each; returns when ``stopping`` is set and they have ended.
+
+    Raises what a role raises, after a stop of the others, and Misconfigured for roles that these settings do
+    not have.
+    """
+    settings = phoenix.settings
+    with ExitStack() as stack:
+        if "ship" in roles or phoenix.kafka is None:
+            stack.enter_context(sole_reader(settings, stopping))
+        metrics = stack.enter_context(MetricsWriter(metrics_file))
+        running = {role: _start(_open_role(role, phoenix, metrics), role, stopping) for role in roles}
         on_ready()
+        while not stopping.is_set() and not any(future.done() for future in running.values()):
+            wait(running.values(), _LOOK_EVERY_S, FIRST_EXCEPTION)
+        stopping.set()
+        phoenix.database.hurry(_DATABASE_PATIENCE_S)
+        wait(running.values(), _STOP_PATIENCE_S)
+        for role, future in running.items():
+            if future.done():
+                future.result()
+            else:
+                log.error("the %s role hangs and is left; what it had in hand comes again", role)
+
+
+@contextmanager
+def metrics_of_worker(phoenix: Phoenix, roles: Sequence[str]) -> Iterator[Path]:
+    """The metrics file of a worker by itself. A worker that reads journals belongs to the server whose journals
+    they are, and counts with it; log workers on Kafka have nothing in common, so each has a folder of its own.
+    """
+    name = f"work-{'-'.join(roles)}"
+    settings = phoenix.settings
+    if "ship" in roles or phoenix.kafka is None:
+        yield settings.metrics_folder / f"{name}.mmap"
+        return
+    for number in range(1000):
+        folder = settings.run_folder / f"{name}-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield folder / f"{name}.mmap"
+            return
+    raise Misconfigured(f"a thousand log workers run on {settings.data} already")
+
+
+def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> BackgroundRole:
+    kafka = phoenix.kafka
+    if role == "log":
+        return (
+            log_from_journals(phoenix, metrics) if kafka is None else log_from_kafka(phoenix, kafka, metrics)
+        )
+    if kafka is None:
+        raise Misconfigured(
+            "there is nowhere to ship to: PHOENIX_EVENTS is local:, and the log role reads the journals itself",
+            setting="PHOENIX_ROLES",
+        )
+    from phoenix_ml.processes.ship import ShipRole
+
+    return ShipRole(phoenix.settings, kafka, metrics)
+
+
+def _start(role: BackgroundRole, name: str, stopping: threading.Event) -> "Future[None]":
+    """The role's end, in a thread that does not keep the process alive."""
+    ended: Future[None] = Future()
+
+    def run() -> None:
         try:
-            role.run(stopping)
-        finally:
-            role.close()
+            try:
+                role.run(stopping)
+            finally:
+                role.close()
+        except BaseException as exc:  # noqa: BLE001 - raised again where the roles are waited for
+            ended.set_exception(exc)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return ended
 
 
 def stop_on_signals() -> threading.Event:
@@ -164,7 +187,8 @@ def main() -> None:
         os.close(ready_fd)
 
     try:
-        work(bootstrap(settings), slot, stopping, ready)
+        metrics_file = settings.metrics_folder / f"{slot}.mmap"
+        work(bootstrap(settings), settings.background_roles, metrics_file, stopping, ready)
     except PhoenixError as exc:
         log.critical("%s", exc.message)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""``phoenix-ml doctor``: what a server would need on this machine, tried out."""
+"""``phoenix-ml doctor``: what a server would need on this machine, tried out without leaving a trace."""
 
 import asyncio
 import os
@@ -7,14 +7,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from msgspec import Struct
 
-from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
+from phoenix_ml.bootstrap import Phoenix, bootstrap, open_artifacts, open_features, open_kafka
 from phoenix_ml.domain.errors import ModelLoadFailed, PhoenixError
 from phoenix_ml.infrastructure.cpu import cpu_limit
 from phoenix_ml.processes.supervisor import check_address
-from phoenix_ml.settings import Settings
+from phoenix_ml.settings import Settings, misspelt_variables
 
 _LEAST_FREE_BYTES = 1 << 30
 
@@ -29,11 +30,17 @@ def examine(settings: Settings) -> list[Finding]:
     """One finding a check; a check that fails says what to do."""
     findings = [_check("python", lambda: f"{platform.python_version()} at {sys.executable}")]
     findings.append(_check("processors", lambda: f"{cpu_limit()} may be used"))
+    findings.append(_check("environment", _environment))
     findings.append(_check("data folder", lambda: _data_folder(settings)))
     findings.append(_check("onnx runtime", _onnx_runtime))
     findings.append(_check("address", lambda: _address(settings)))
     findings.append(_check("feature store", lambda: asyncio.run(_features(settings))))
     try:
+        if (missing := _missing(settings.database_url, "sqlite:///")) is not None:
+            # Bootstrap would make its folder.
+            open_kafka(settings)
+            open_artifacts(settings)
+            return [*findings, Finding("database", True, f"{missing} is not there yet: 'serve' makes it")]
         phoenix = bootstrap(settings)
     except PhoenixError as exc:
         return [*findings, Finding("settings", False, exc.message)]
@@ -51,15 +58,29 @@ def _check(name: str, find: Callable[[], str]) -> Finding:
         return Finding(name, False, exc.message if isinstance(exc, PhoenixError) else str(exc))
 
 
+def _environment() -> str:
+    doubts = misspelt_variables(os.environ)
+    meant = "; ".join(f"{name} is not a setting: is {near} meant?" for name, near in doubts.items())
+    return f"warning: {meant}" if meant else "no PHOENIX_ variable looks misspelt"
+
+
+def _missing(url: str, scheme: str) -> Path | None:
+    """The file that the URL names, if it names one that does not exist."""
+    file = Path(url.removeprefix(scheme).partition("?")[0])
+    return file if url.startswith(scheme) and not file.exists() else None
+
+
 def _data_folder(settings: Settings) -> str:
-    settings.data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=settings.data) as file:
+    folder = settings.data.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with tempfile.TemporaryFile(dir=there) as file:
         file.write(b"x")
         os.fsync(file.fileno())
-    free_bytes = shutil.disk_usage(settings.data).free
+    free_bytes = shutil.disk_usage(there).free
     if free_bytes < _LEAST_FREE_BYTES:
-        raise OSError(f"{settings.data} has {free_bytes >> 20} MiB free; the journal alone may need 1024")
-    return f"{settings.data.absolute()} is writable, {free_bytes >> 30} GiB free"
+        raise OSError(f"{there} has {free_bytes >> 20} MiB free; the journal alone may need 1024")
+    state = "is writable" if there == folder else f"is not there yet, {there} is writable"
+    return f"{folder} {state}, {free_bytes >> 30} GiB free"
 
 
 def _onnx_runtime() -> str:
@@ -74,6 +95,10 @@ def _address(settings: Settings) -> str:
 
 
 async def _features(settings: Settings) -> str:
+    default = f"sqlite:{settings.data / 'features.db'}"
+    url = default if settings.features == "sqlite:" else settings.features
+    if (missing := _missing(url, "sqlite:")) is not None:
+        return f"{missing} is not there yet: 'serve' makes it"
     store = open_features(settings, 1000.0)
     try:
         await store.check()
@@ -83,7 +108,7 @@ async def _features(settings: Settings) -> str:
 
 
 def _database(phoenix: Phoenix) -> str:
-    phoenix.database.upgrade_if_embedded()
+    phoenix.database.check()
     return f"{phoenix.database.name} has the tables of this version"
 
 

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,13 +18,14 @@ from phoenix_ml.bootstrap import Phoenix
 from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter, clear
-from phoenix_ml.settings import Settings
+from phoenix_ml.settings import UPLOAD_PREFIX, Settings, misspelt_variables
 
 log = logging.getLogger(__name__)
 _SHORT_LIFE_S = 10.0
 _SHORT_LIVES = 5
 _LONGEST_PAUSE_S = 5.0
 _LOG_STOP_S = 30.0
+_LOOK_EVERY_S = 0.1
 
 
 class Child:
@@ -94,13 +96,18 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
     """
     settings = phoenix.settings
     check_address(settings)
+    for name, near in misspelt_variables(os.environ).items():
+        log.warning("%s is not a setting and is ignored: is %s meant?", name, near)
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
     with ExitStack() as stack:
         stack.enter_context(sole_supervisor(settings.run_folder))
         phoenix.database.upgrade_if_embedded()
-        clear(settings.metrics_folder)
+        _outwait_earlier_processes(settings, stopping)
+        if stopping:
+            return 0
+        _remove_abandoned_uploads(settings.data)
         metrics = stack.enter_context(MetricsWriter(settings.metrics_folder / "supervisor.mmap"))
         listener = stack.enter_context(_listen(settings))
         host, port = listener.getsockname()[:2]
@@ -111,8 +118,11 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
             Child(f"api-{n}", "phoenix_ml.processes.api", (listener.fileno(), lifeline))
             for n in range(settings.workers)
         ]
-        with_background = settings.roles != "none"
-        background = [Child("background", "phoenix_ml.processes.background", (lifeline,))] * with_background
+        background = (
+            [Child("background", "phoenix_ml.processes.background", (lifeline,))]
+            if settings.background_roles
+            else []
+        )
         children = [*background, *apis]
         for child in children:
             child.start(environment)
@@ -135,6 +145,39 @@ def check_address(settings: Settings) -> None:
             setting="PHOENIX_HOST",
         )
     log.critical("INSECURE: whoever reaches %s may predict, register and change models", settings.host)
+
+
+def _outwait_earlier_processes(settings: Settings, stopping: list[int]) -> None:
+    """Returns when no API process of an earlier supervisor is left, or when a signal has come.
+
+    One that was killed leaves processes behind that answer what they had accepted, and until then they keep
+    the port and their metrics. Their last state is forgotten. Raises Misconfigured when they stay.
+    """
+    patience_s = settings.stop_timeout_s + 5
+    deadline = time.monotonic() + patience_s
+    is_said = False
+    while not stopping:
+        left = ", ".join(slot for slot in clear(settings.metrics_folder) if slot.startswith("api-"))
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            raise Misconfigured(
+                f"{left} of an earlier 'serve' on {settings.data} did not end within {patience_s} s: end what "
+                f"'fuser {settings.metrics_folder}/api-*.mmap' names, and start again"
+            )
+        if not is_said:
+            log.warning("waiting up to %d s until %s of an earlier 'serve' has ended", patience_s, left)
+            is_said = True
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _remove_abandoned_uploads(data: Path) -> None:
+    """Frees the space that uploads hold whose process was killed; no other can be in work now."""
+    for folder in data.glob(f"{UPLOAD_PREFIX}*"):
+        try:
+            shutil.rmtree(folder)
+        except OSError as exc:
+            log.warning("%s, left by an earlier 'serve', cannot be removed: %s", folder, exc.strerror)
 
 
 def _watch(

@@ -41,7 +41,6 @@ class FileArtifacts:
                 name = digest.hexdigest()
                 uri = f"sha256/{name[:2]}/{name}"
                 path = self._locate(uri)
-                is_new = not path.exists()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Path(copy.name).chmod(0o440)
                 # Also over an existing file: should that one be damaged, this heals it.
@@ -49,7 +48,7 @@ class FileArtifacts:
             except BaseException:
                 Path(copy.name).unlink(missing_ok=True)
                 raise
-        return StoredArtifact(uri, name, is_new)
+        return StoredArtifact(uri, name)
 
     def fetch(self, uri: str, sha256_: str) -> Path:
         path = self._locate(uri)
@@ -71,9 +70,6 @@ class FileArtifacts:
                 found_sha256=digest.hexdigest(),
             )
         return path
-
-    def remove(self, uri: str) -> None:
-        self._locate(uri).unlink(missing_ok=True)
 
     def _locate(self, uri: str) -> Path:
         path = self._folder / uri

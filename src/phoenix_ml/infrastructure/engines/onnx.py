@@ -52,6 +52,8 @@ class OnnxEngines:
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 4
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # What a caller names a file decides nothing.
+        self._options.add_session_config_entry("session.load_model_format", "ONNX")
 
     def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
         try:
@@ -107,8 +109,6 @@ class OnnxEngines:
 
 class OnnxEngine:
     """One session. See ``Engine`` for the contract."""
-
-    device = "cpu"
 
     def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
         self._session = session
@@ -224,7 +224,7 @@ def _check_graph(artifact: Path) -> tuple[str | int, ...]:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(artifact), load_external_data=False)
+        model = onnx.load(str(artifact), "protobuf", load_external_data=False)
     except DecodeError as exc:
         raise ModelRefused(f"the file is not an ONNX model: {exc}", framework="onnx") from exc
     if not model.graph.node:

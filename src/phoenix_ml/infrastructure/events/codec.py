@@ -1,29 +1,33 @@
 """Recorded events as bytes, and back."""
 
+from typing import Any
+
 import msgspec
 
 from phoenix_ml.application.ports import RecordedEvent, UnreadableEvent
 from phoenix_ml.domain.events import Event, PredictionMade
-from phoenix_ml.domain.rows import Column
+from phoenix_ml.domain.rows import Column, RowFormat
 
 Schema = dict[str, tuple[Column, ...]]
 
 _events: "msgspec.msgpack.Decoder[Event]" = msgspec.msgpack.Decoder(Event)
 _schemas = msgspec.msgpack.Decoder(Schema)
-_known_schemas: dict[bytes, Schema] = {}
+_known_formats: dict[bytes, dict[str, RowFormat]] = {}
 
 
-def decode_event(payload: bytes, schema: bytes) -> RecordedEvent | UnreadableEvent:
-    """The event with the columns of its inputs, or the bytes and the reason why they are none."""
+def decode_event(payload: bytes, schema: bytes, origin: Any = None) -> RecordedEvent | UnreadableEvent:
+    """The event with the format of its inputs, or the bytes and the reason why they are none."""
     try:
         event = _events.decode(payload)
         if not isinstance(event, PredictionMade):
-            return RecordedEvent(event, payload)
-        columns_of = _known_schemas.get(schema)
-        if columns_of is None:
-            columns_of = _known_schemas[schema] = _schemas.decode(schema)
-        return RecordedEvent(event, payload, columns_of[event.model_version])
+            return RecordedEvent(event, payload, None, origin)
+        formats = _known_formats.get(schema)
+        if formats is None:
+            columns_of = _schemas.decode(schema)
+            formats = {version: RowFormat(columns) for version, columns in columns_of.items()}
+            _known_formats[schema] = formats
+        return RecordedEvent(event, payload, formats[event.model_version], origin)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        return UnreadableEvent(payload, f"not an event: {exc}")
+        return UnreadableEvent(payload, f"not an event: {exc}", origin)
     except KeyError:
-        return UnreadableEvent(payload, "the event's schema does not describe its version")
+        return UnreadableEvent(payload, "the event's schema does not describe its version", origin)

@@ -32,6 +32,7 @@ import fcntl
 import os
 import re
 import secrets
+import tempfile
 import threading
 import time
 from collections import deque
@@ -90,7 +91,6 @@ class JournalWriter:
             # A synced segment is lost all the same with a folder whose own name is not on disk.
             for parent in (folder.parent, folder.parent.parent):
                 _sync_path(parent)
-        self.events_total = 0
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._limit_bytes = limit_bytes
@@ -100,6 +100,8 @@ class JournalWriter:
         # A wall clock that was set back must not sort a new segment before an older one.
         self._opened_ns = max((_opened_ns(path.name) for path, _ in _segments_in(folder)), default=0)
         self._full_until = float("-inf")
+        # What the last append needed when it was refused; 0 when it was not.
+        self._refused_bytes = 0
 
         self._fd = -1
         self._path = folder
@@ -124,6 +126,26 @@ class JournalWriter:
         """What the folder's segments occupy now; costs one directory scan."""
         return sum(size for _, size in _segments_in(self._folder))
 
+    @property
+    def refusal(self) -> str:
+        """Why the last append was refused; empty when it was not, or when by now it would not be.
+
+        Tries the disk in the latter case, so it may take as long as an append.
+        """
+        need_bytes = self._refused_bytes
+        if not need_bytes:
+            return ""
+        stored_bytes = self.stored_bytes
+        if stored_bytes + need_bytes > self._limit_bytes:
+            return f"full: {stored_bytes} bytes wait to be logged"
+        try:
+            # A disk tells what it takes in no other way: quotas and failing blocks are not in its statistics.
+            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
+                is_taken = file.write(bytes(need_bytes)) == need_bytes
+        except OSError as exc:
+            return f"the disk takes no more: {exc.strerror}"
+        return "" if is_taken else f"the disk takes no more: {os.strerror(errno.ENOSPC)}"
+
     def append(self, payload: bytes, schema_digest: bytes = b"", schema: bytes = b"") -> None:
         """Put one event on record: it survives this process from here on, and the machine after ``sync``.
 
@@ -142,11 +164,10 @@ class JournalWriter:
                 try:
                     written = os.write(self._fd, record)
                 except OSError as exc:
-                    raise self._refused(exc.strerror) from exc
+                    raise self._refused(exc.strerror, len(record)) from exc
                 if written != len(record):
-                    raise self._undone(written)
+                    raise self._undone(written, len(record))
                 self._end = end
-                self.events_total += 1
                 return
         self.append_many((payload,), schema_digest, schema)
 
@@ -177,12 +198,12 @@ class JournalWriter:
         try:
             written = os.write(self._fd, record)
         except OSError as exc:
-            raise self._refused(exc.strerror) from exc
+            raise self._refused(exc.strerror, most_bytes) from exc
         if written != len(record):
-            raise self._undone(written)
+            raise self._undone(written, most_bytes)
         self._end += written
         self._keys[schema_digest] = key
-        self.events_total += len(payloads)
+        self._refused_bytes = 0
 
     def sync(self) -> None:
         """Make all that was on record when this was called survive a power loss.
@@ -239,20 +260,20 @@ class JournalWriter:
         now = self._clock()
         # Scanning 128 segments takes 0.3 ms; while full, refused appends should not pay that each.
         if now < self._full_until:
-            raise self._full()
+            raise self._full(need_bytes)
         stored_bytes = self.stored_bytes
         if stored_bytes + need_bytes > self._limit_bytes:
             # A reader can drop closed segments only; else a full journal would stay full.
             self._seal()
             self._full_until = now + _FULL_FOR_S
-            raise self._full()
+            raise self._full(need_bytes)
         if self._end > 0 and self._end + need_bytes > self._segment_bytes:
             self._seal()
         if self._fd < 0:
             try:
                 self._open()
             except OSError as exc:
-                raise self._refused(exc.strerror) from exc
+                raise self._refused(exc.strerror, need_bytes) from exc
         older_bytes = stored_bytes - self._end
         self._stop = min(self._segment_bytes, self._limit_bytes - older_bytes)
 
@@ -299,7 +320,7 @@ class JournalWriter:
         self._stop = -1
         self._keys = {b"": _NO_SCHEMA}
 
-    def _undone(self, written: int) -> JournalFull:
+    def _undone(self, written: int, need_bytes: int) -> JournalFull:
         """Take back the beginning of a record that did not fit.
 
         No reader can have passed it, for it is a record only when whole.
@@ -311,13 +332,17 @@ class JournalWriter:
             # The half record stays as the torn tail of a closed segment.
             self._end += written
             self._seal()
-        return self._refused(os.strerror(errno.ENOSPC))
+        return self._refused(os.strerror(errno.ENOSPC), need_bytes)
 
-    def _refused(self, reason: str | None) -> JournalFull:
+    def _refused(self, reason: str | None, need_bytes: int) -> JournalFull:
+        self._refused_bytes = need_bytes
+        # The next append goes the slow way, which alone takes this back.
+        self._stop = -1
         message = f"the disk takes no more of the journal: {reason}"
         return JournalFull(message, limit_bytes=self._limit_bytes)
 
-    def _full(self) -> JournalFull:
+    def _full(self, need_bytes: int) -> JournalFull:
+        self._refused_bytes = need_bytes
         message = f"the journal is at its limit of {self._limit_bytes} bytes, because nothing ships it"
         return JournalFull(message, limit_bytes=self._limit_bytes)
 
@@ -360,11 +385,6 @@ class JournalReader:
     def pending_bytes(self) -> int:
         """What is in the journal and not yet committed; costs a scan of the folders, like the next two."""
         return sum(pending for _, pending in self._pending())
-
-    @property
-    def pending_segments(self) -> int:
-        """How many segments hold something that is not yet committed."""
-        return sum(1 for _ in self._pending())
 
     @property
     def oldest_pending_s(self) -> float:

@@ -166,12 +166,13 @@ class RedisFeatures:
             for (entity_id, _), reply in zip(chunk, replies, strict=True):
                 self._refuse_error(reply, _key(entity_id))
 
-    async def check(self) -> None:
-        """Returns when Redis answers. Raises FeatureStoreUnavailable.
+    async def check(self, patience_s: float = 0.0) -> None:
+        """Returns when Redis answers within a read's deadline. Raises FeatureStoreUnavailable.
 
-        It has a second for that, so called first it also opens the connection that reads then find.
+        With more patience it first opens the connection that reads then find. Not while reads go on: they
+        wait behind it.
         """
-        await self._ask(self._reads, _pack(b"PING"), patience_s=_CONNECT_S)
+        await self._ask(self._reads, _pack(b"PING"), patience_s=patience_s)
 
     async def close(self) -> None:
         """Ends the connections and the background task; whoever still waits is refused."""

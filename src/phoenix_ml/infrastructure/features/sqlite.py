@@ -105,7 +105,7 @@ class SqliteFeatures:
         """
         await asyncio.to_thread(self._write, entities, at_ms)
 
-    async def check(self) -> None:
+    async def check(self, patience_s: float = 0.0) -> None:
         """Returns when the file can be read. Raises FeatureStoreUnavailable."""
         self._select("")
 

@@ -1,5 +1,6 @@
 """One API process's ASGI application: the loaded calls first, everything else to FastAPI."""
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -12,6 +13,7 @@ from fastapi.responses import RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from phoenix_ml import __version__
 from phoenix_ml.application.ports import FeatureStore
@@ -29,21 +31,26 @@ from phoenix_ml.domain.errors import (
 )
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequest
-from phoenix_ml.infrastructure.http.bodies import Receive
+from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive
 from phoenix_ml.infrastructure.http.calls import DEFECT, PredictionCalls, Send
 from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
 from phoenix_ml.infrastructure.http.features import feature_routes
 from phoenix_ml.infrastructure.http.models import model_routes
+from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.records import record_routes
 from phoenix_ml.infrastructure.http.routes import answer, describe_body
-from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT
+from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT, SHIP_HEARTBEAT
 from phoenix_ml.infrastructure.telemetry.logs import request_id_var
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
 
 log = logging.getLogger(__name__)
 # The log role takes a step at least every 100 ms, and waits 5 s at most while the database is down.
 _LOG_SILENT_S = 15.0
+# Well below the 5 s and more that load balancers wait for an answer.
+_DATABASE_PATIENCE_S = 2.0
+# The status that nginx, too, logs for a client that left before its answer.
+_CLIENT_GONE = 499
 Asgi = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 
 _DESCRIPTION = """Answers predictions, records every one of them, and manages the models behind them.
@@ -55,13 +62,19 @@ def build_app(
     features: FeatureStore,
     live: LiveModels,
     calls: PredictionCalls,
-    journal_is_writable: Callable[[], str],
+    journal_state: Callable[[], str],
 ) -> Asgi:
     """The application. The calls that carry the load never enter FastAPI."""
-    explored = explored_app(phoenix, features, live, calls, journal_is_writable)
+    explored = explored_app(phoenix, features, live, calls, journal_state)
+    check_browser = browser_check(phoenix.settings)
 
     async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in calls.by_path:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and scope["path"] in calls.by_path
+            and check_browser(scope) is None  # else FastAPI's side answers the refusal
+        ):
             await calls(scope, receive, send)
         else:
             # What fails there is answered and logged by our handler; Starlette raises it again all the same.
@@ -76,7 +89,7 @@ def explored_app(
     features: FeatureStore,
     live: LiveModels,
     calls: PredictionCalls,
-    journal_is_writable: Callable[[], str],
+    journal_state: Callable[[], str],
 ) -> FastAPI:
     """All routes on FastAPI, the loaded calls among them: for servers other than ours, and for tests."""
     # Its documentation pages bring their scripts along: they work on a machine without internet.
@@ -90,6 +103,9 @@ def explored_app(
     )
     _map_errors(app)
     _mount_calls(app, calls)
+    check_browser = browser_check(phoenix.settings)
+    database_probe = _DatabaseProbe(phoenix)
+    goes_on_when_full = phoenix.settings.journal_full == "drop"
     app.include_router(model_routes(phoenix, live))
     app.include_router(feature_routes(features, phoenix.settings.body_limit_bytes))
     app.include_router(record_routes(phoenix))
@@ -102,7 +118,8 @@ def explored_app(
         token = request_id_var.set(request_id)
         started = time.perf_counter()
         try:
-            response = await call_next(request)
+            refusal = check_browser(request.scope)
+            response = await call_next(request) if refusal is None else _respond(refusal)
         finally:
             request_id_var.reset(token)
         # The loaded calls have named theirs already, by the id that is on record.
@@ -136,12 +153,12 @@ def explored_app(
         """What each dependency says. 503 only when predictions cannot be answered at all."""
         checks = {
             "models": _models_state(live),
-            "journal": journal_is_writable(),
+            "journal": await run_in_threadpool(journal_state),
             "features": await _features_state(features),
-            "database": await run_in_threadpool(_database_state, phoenix),
-            "log": _log_state(phoenix),
+            "database": await database_probe.state(),
+            "log": await run_in_threadpool(_log_state, phoenix),
         }
-        able = live.is_ready and checks["journal"] == "ok"
+        able = live.is_ready and (checks["journal"] == "ok" or goes_on_when_full)
         status = "unavailable" if not able else "ok" if set(checks.values()) == {"ok"} else "degraded"
         failed = live.failures()
         return answer({"status": status, "checks": checks, "models_failed": failed}, 200 if able else 503)
@@ -173,6 +190,8 @@ def _mount_calls(app: FastAPI, calls: PredictionCalls) -> None:
                 answered.append(message)
 
             await calls(request.scope, request.receive, keep)
+            if not answered:
+                raise ClientDisconnected
             response = Response(answered[1]["body"], answered[0]["status"])
             response.raw_headers = list(answered[0]["headers"])
             return response
@@ -193,34 +212,41 @@ async def _refuse_nul(request: Request) -> None:
         raise MalformedBody("the URL contains U+0000, which no database can store in a text")
 
 
-def _map_errors(app: FastAPI) -> None:
-    def respond(error: PhoenixError) -> Response:
-        status = status_of(error)
-        if status >= 500:
-            log.error("%s: %s", error.code, error.message, extra={"details": error.details})
-        response = Response(encode_error(error), status, media_type="application/json")
-        if (seconds := retry_after_s(error)) is not None:
-            response.headers["retry-after"] = str(seconds)
-        return response
+def _respond(error: PhoenixError) -> Response:
+    status = status_of(error)
+    if status >= 500:
+        log.error("%s: %s", error.code, error.message, extra={"details": error.details})
+    response = Response(encode_error(error), status, media_type="application/json")
+    if (seconds := retry_after_s(error)) is not None:
+        response.headers["retry-after"] = str(seconds)
+    return response
 
+
+def _map_errors(app: FastAPI) -> None:
     @app.exception_handler(PhoenixError)
     async def known(_: Request, exc: PhoenixError) -> Response:
-        return respond(exc)
+        return _respond(exc)
+
+    @app.exception_handler(ClientDisconnected)
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, exc: Exception) -> Response:
+        # Nobody reads it: it only tells the log what happened.
+        return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, exc: RequestValidationError) -> Response:
         first = exc.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        return respond(InvalidField(f"{field}: {first['msg']}", field=field))
+        return _respond(InvalidField(f"{field}: {first['msg']}", field=field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, exc: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
         if exc.status_code == 404:
-            return respond(PathUnknown(f"there is no {where}; /docs lists what there is"))
+            return _respond(PathUnknown(f"there is no {where}; /docs lists what there is"))
         if exc.status_code == 405:
-            return respond(MethodNotAllowed(f"{where}: the path exists, the method does not; see /docs"))
-        return respond(MalformedBody(str(exc.detail)))
+            return _respond(MethodNotAllowed(f"{where}: the path exists, the method does not; see /docs"))
+        return _respond(MalformedBody(str(exc.detail)))
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, exc: Exception) -> Response:
@@ -248,10 +274,30 @@ async def _features_state(features: FeatureStore) -> str:
 
 
 def _log_state(phoenix: Phoenix) -> str:
-    """Whether the log role, another process, has completed a step lately; its heartbeat is a metric."""
-    shown = render(phoenix.settings.metrics_folder, (LOG_HEARTBEAT,))
+    """Whether the role that empties the journal has completed a step lately; its heartbeat is a metric."""
+    heartbeat = LOG_HEARTBEAT if phoenix.kafka is None else SHIP_HEARTBEAT
+    shown = render(phoenix.settings.metrics_folder, (heartbeat,))
     silent_s = time.time() - float(shown.rsplit(b" ", 1)[1])
-    return "ok" if silent_s < _LOG_SILENT_S else "predictions wait in the journal: no log role writes them"
+    return (
+        "ok" if silent_s < _LOG_SILENT_S else "predictions wait in the journal: no role takes them from there"
+    )
+
+
+class _DatabaseProbe:
+    """Asks the database with the patience of a health check, which a database that hangs does not have."""
+
+    def __init__(self, phoenix: Phoenix) -> None:
+        self._phoenix = phoenix
+        self._asking: asyncio.Task[str] | None = None
+
+    async def state(self) -> str:
+        # One question at a time: a database that hangs must not get all threads, one a health check.
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(_database_state, self._phoenix))
+        answered, _ = await asyncio.wait([self._asking], timeout=_DATABASE_PATIENCE_S)
+        if not answered:
+            return f"the database {self._phoenix.database.name} does not answer within {_DATABASE_PATIENCE_S:g} s"
+        return self._asking.result()
 
 
 def _database_state(phoenix: Phoenix) -> str:

@@ -7,10 +7,12 @@ from phoenix_ml.domain import errors
 STATUS_OF: Final[dict[type[errors.PhoenixError], int]] = {
     errors.MalformedBody: 400,
     errors.InvalidRequest: 422,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
     errors.Conflict: 409,
     errors.TooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.Unavailable: 503,
     errors.PhoenixError: 500,
 }

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from phoenix_ml.application.catalogue import Registration, register, set_routing
+from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
 from phoenix_ml.application.reports import describe_version
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.bootstrap import Phoenix
@@ -24,6 +24,7 @@ from phoenix_ml.infrastructure.http.caller import name_caller
 from phoenix_ml.infrastructure.http.codec import decode_json
 from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
 from phoenix_ml.infrastructure.tables import read_columns
+from phoenix_ml.settings import UPLOAD_PREFIX
 
 
 class StageChange(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,7 +38,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     body_limit_bytes = phoenix.settings.body_limit_bytes
 
     def changed(version: ModelVersion) -> Response:
-        live.refresh()  # this process at once, the others at their next poll
+        live.refresh(version.model_id)  # this process at once, the others at their next poll
         return answer(describe_version(version))
 
     @router.get("/models")
@@ -108,7 +109,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
                 )
         except MultiPartException as exc:
             raise MalformedBody(f"the body is not multipart/form-data: {exc.message}") from exc
-        await run_in_threadpool(live.refresh)
+        await run_in_threadpool(live.refresh, version.model_id)
         return answer(describe_version(version), 201)
 
     @router.get("/models/{model_id}")
@@ -142,9 +143,10 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
         return changed(registry.set_stage(model_id, version, change.stage, name_caller(request.scope)))
 
     @router.post("/models/{model_id}/versions/{version}/activate")
-    def activate(model_id: str, version: str, request: Request) -> Response:
-        """Lets a version answer requests: by name, by default, or under a routing."""
-        return changed(registry.set_active(model_id, version, True, name_caller(request.scope)))
+    def activate_version(model_id: str, version: str, request: Request) -> Response:
+        """Lets a version that loads answer requests: by name, by default, or under a routing."""
+        actor = name_caller(request.scope)
+        return changed(activate(registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor))
 
     @router.post("/models/{model_id}/versions/{version}/deactivate")
     def deactivate(model_id: str, version: str, request: Request) -> Response:
@@ -170,7 +172,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     ) -> Response:
         """Shares a model's requests out over versions; all processes follow within a second."""
         set_routing(registry, model_id, routing, actor=name_caller(request.scope))
-        live.refresh()
+        live.refresh(model_id)
         return answer({"routing": routing, "is_default": False})
 
     @router.delete("/models/{model_id}/routing")
@@ -178,7 +180,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
         """Goes back to the default: the highest stage, then the highest version, answers."""
         registry.list_versions(model_id)
         registry.clear_routing(model_id, name_caller(request.scope))
-        live.refresh()
+        live.refresh(model_id)
         return show_routing(model_id)
 
     return router
@@ -192,7 +194,7 @@ def _register_upload(
     actor: str,
 ) -> ModelVersion:
     phoenix.settings.data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix="upload-") as folder:
+    with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix=UPLOAD_PREFIX) as folder:
         path = _save(artifact, Path(folder) / "artifact.onnx")
         columns = None
         if reference is not None:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from phoenix_ml.application.ports import PredictionQuery
-from phoenix_ml.application.reports import describe_outcome, describe_prediction, epoch_ms, iso_time
+from phoenix_ml.application.reports import describe_prediction, epoch_ms, iso_time, list_unmatched
 from phoenix_ml.bootstrap import Phoenix
 from phoenix_ml.infrastructure.http.routes import answer
 
@@ -45,10 +45,11 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
         return answer(describe_prediction(phoenix.prediction_log.get(prediction_id)))
 
     @router.get("/feedback/unmatched", tags=["predictions"])
-    def list_unmatched(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
-        """Outcomes whose prediction is not in the log: how many, and the newest of them."""
-        count, outcomes = phoenix.prediction_log.unmatched_outcomes(limit)
-        return answer({"count": count, "items": [describe_outcome(o) for o in outcomes], "next_cursor": None})
+    def show_unmatched(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50, cursor: str | None = None
+    ) -> Response:
+        """Outcomes whose prediction is not in the log: how many, and a page of them, newest first."""
+        return answer(list_unmatched(phoenix.prediction_log, limit, cursor))
 
     @router.get("/audit", tags=["operations"])
     def list_audit(

@@ -4,6 +4,7 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from phoenix_ml.infrastructure.sqlite import enter_wal_mode
 log = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _PATIENCE_S = 15.0
+# Longer than the server's own time-out, whose reason is the better one.
+_SILENCE_S = 20.0
+# What the URL says itself comes first: a pooler such as PgBouncer may not take `options`.
+_POSTGRES_OPTIONS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "options": f"-c statement_timeout={_PATIENCE_S * 1000:.0f}",
+}
 # Any number, the same for all who migrate one PostgreSQL database.
 _MIGRATION_LOCK = 0x50484F454E4958
 
@@ -55,13 +67,15 @@ class Database:
             options["connect_args"] = {"timeout": _PATIENCE_S}
         elif parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-            options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
+            given = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
+            options |= {"pool_pre_ping": True, "connect_args": given}
         else:
             raise Misconfigured(
                 f"PHOENIX_DATABASE: scheme {parsed.drivername!r} is not known; known are sqlite, postgresql"
             )
         self.name = parsed.render_as_string(hide_password=True)
         self._path = Path(parsed.database or "") if self.is_sqlite else None
+        self._silence_s = _SILENCE_S
         try:
             self.engine = create_engine(parsed, pool_timeout=10, **options)
         except (ModuleNotFoundError, NoSuchModuleError) as exc:
@@ -69,6 +83,8 @@ class Database:
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "do_connect", self._connect_postgres)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -108,7 +124,10 @@ class Database:
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         config.attributes["database"] = self
+        silence_s = self._silence_s
         try:
+            # A migration of many rows, or another process's that is waited for, takes the time that it takes.
+            self._silence_s = inf
             with self._guard(), self._migration_lock():
                 command.upgrade(config, "head")
         except CommandError as exc:
@@ -117,6 +136,8 @@ class Database:
                 f"made it: {exc}",
                 database=self.name,
             ) from exc
+        finally:
+            self._silence_s = silence_s
         return HEAD_REVISION
 
     def upgrade_if_embedded(self) -> None:
@@ -129,8 +150,33 @@ class Database:
             self.upgrade()
         self.check()
 
+    def upgrade_if_new(self) -> None:
+        """Makes the tables of an SQLite database that has none at all; any other is only checked."""
+        if self.is_sqlite:
+            with self.read() as connection:
+                is_new = not inspect(connection).get_table_names()
+            if is_new:
+                self.upgrade()
+        self.check()
+
+    def hurry(self, patience_s: float) -> None:
+        """From now on calls, those in progress too, fail when the database is silent for longer than this.
+
+        For a process that stops: it must not wait for a database that hangs.
+        """
+        self._silence_s = min(self._silence_s, patience_s)
+
     def close(self) -> None:
         self.engine.dispose()
+
+    def _connect_postgres(self, _dialect: Any, _record: Any, given: Any, named: dict[str, Any]) -> Any:
+        from phoenix_ml.infrastructure.sql.postgres import ImpatientConnection
+
+        if self._silence_s < _SILENCE_S:
+            named = named | {"connect_timeout": ceil(self._silence_s)}
+        connection = ImpatientConnection.connect(*given, **named)
+        connection.patience_s = lambda: self._silence_s
+        return connection
 
     @contextmanager
     def _migration_lock(self) -> Iterator[None]:
@@ -146,6 +192,7 @@ class Database:
                 yield
         else:
             with self.engine.connect() as connection:
+                lift_time_limit(connection)
                 connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
                 try:
                     yield  # closing the connection's session would release it, a pooled one is told to
@@ -178,15 +225,21 @@ def refusing_values() -> Iterator[None]:
         raise InvalidField(f"the database cannot hold a value that was given: {reason}") from exc
 
 
-def next_value(connection: Connection, counter: str, step: int = 1) -> int:
-    """The counter's value after raising it by ``step``; others wait until this transaction ends."""
+def next_value(connection: Connection, counter: str) -> int:
+    """The counter's value after raising it by one; others wait until this transaction ends."""
     raised = (
         update(counters)
         .where(counters.c.name == counter)
-        .values(value=counters.c.value + step)
+        .values(value=counters.c.value + 1)
         .returning(counters.c.value)
     )
     return int(connection.execute(raised).scalar_one())
+
+
+def lift_time_limit(connection: Connection) -> None:
+    """Statements of this transaction may take as long as they do."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
 def _revision(connection: Connection) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, exists, func, select, tuple_, update
+from sqlalchemy import Connection, Row, Table, bindparam, case, exists, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import StatementError
 
@@ -19,31 +19,30 @@ from phoenix_ml.application.ports import (
 from phoenix_ml.domain.errors import InvalidField, PredictionUnknown
 from phoenix_ml.domain.events import OutcomeReported, PredictionMade
 from phoenix_ml.domain.features import describe_sources
-from phoenix_ml.domain.rows import Column, RowFormat
-from phoenix_ml.infrastructure.sql.database import Database, next_value
-from phoenix_ml.infrastructure.sql.schema import PREDICTION_SEQ, outcomes, prediction_logs
+from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.infrastructure.sql.database import Database
+from phoenix_ml.infrastructure.sql.schema import PREDICTION_SEQ, counters, outcomes, prediction_logs
 
 # Where Python's dates end, and PostgreSQL's drivers with them.
 _YEAR_10000_MS = 253_402_300_800_000
+_NO_COLUMNS = RowFormat(())
 
 
 class SqlPredictionLog:
     def __init__(self, database: Database) -> None:
         self._database = database
         dialect = sqlite if database.is_sqlite else postgresql
-        # Without the option SQLAlchemy knows no row count of many INSERTs in PostgreSQL.
-        counted = {"preserve_rowcount": True}
-        self._insert_prediction = (
-            dialect.insert(prediction_logs)
-            .on_conflict_do_nothing(index_elements=["id"])
-            .execution_options(**counted)
+        self._add = _insert_new if database.is_sqlite else _copy_new
+        # A restore of some of the tables leaves the counter behind the rows, or without its row.
+        newest = select(func.coalesce(func.max(prediction_logs.c.seq), 0)).scalar_subquery()
+        step = bindparam("step", type_=counters.c.value.type)
+        reached = case((counters.c.value > newest, counters.c.value), else_=newest)
+        self._raise_seq = (
+            dialect.insert(counters)
+            .values(name=PREDICTION_SEQ, value=newest + step)
+            .on_conflict_do_update(index_elements=["name"], set_={"value": reached + step})
+            .returning(counters.c.value)
         )
-        self._insert_outcome = (
-            dialect.insert(outcomes)
-            .on_conflict_do_nothing(index_elements=["id"])
-            .execution_options(**counted)
-        )
-        self._formats: dict[tuple[Column, ...], RowFormat] = {}
 
     def write(self, events: Sequence[RecordedEvent]) -> int:
         try:
@@ -56,7 +55,7 @@ class SqlPredictionLog:
                 return self._store(connection, made, reported)
         except StatementError as exc:
             raise EventRejected(str(exc.orig).strip()) from exc
-        except OverflowError as exc:
+        except (OverflowError, ValueError) as exc:
             raise EventRejected(str(exc)) from exc
 
     def get(self, prediction_id: str) -> LoggedPrediction:
@@ -100,14 +99,18 @@ class SqlPredictionLog:
         more = len(rows) > query.limit
         return items, f"{items[-1].created_at_ms}.{items[-1].id}" if more else None
 
-    def unmatched_outcomes(self, limit: int) -> tuple[int, list[UnmatchedOutcome]]:
-        waiting = outcomes.c.is_matched.is_(False)
-        newest = select(outcomes).where(waiting).order_by(outcomes.c.received_at.desc()).limit(limit)
+    def unmatched_outcomes(self, limit: int, cursor: str | None = None) -> tuple[int, list[UnmatchedOutcome]]:
+        table = outcomes.c
+        waiting = table.is_matched.is_(False)
+        newest = select(outcomes).where(waiting).order_by(table.received_at.desc(), table.id.desc())
+        if cursor is not None:
+            position = tuple_(*_parse_cursor(cursor), types=[table.received_at.type, table.id.type])
+            newest = newest.where(tuple_(table.received_at, table.id) < position)
         with self._database.read() as connection:
             count = connection.execute(select(func.count()).select_from(outcomes).where(waiting)).scalar_one()
             items = [
                 UnmatchedOutcome(r.id, r.prediction_id, r.outcome, r.observed_at, r.received_at)
-                for r in connection.execute(newest)
+                for r in connection.execute(newest.limit(limit))
             ]
         return count, items
 
@@ -117,13 +120,13 @@ class SqlPredictionLog:
         new_rows = 0
         # Raising the counter locks it: batches of several log workers commit in the order of seq, and an
         # outcome and its prediction never pass each other unseen.
-        last = next_value(connection, PREDICTION_SEQ, len(made))
+        last = connection.execute(self._raise_seq, {"step": len(made)}).scalar_one()
         if made:
             for seq, row in enumerate(made, last - len(made) + 1):
                 row["seq"] = seq
-            new_rows += connection.execute(self._insert_prediction, made).rowcount
+            new_rows += self._add(connection, prediction_logs, made)
         if reported:
-            new_rows += connection.execute(self._insert_outcome, reported).rowcount
+            new_rows += self._add(connection, outcomes, reported)
         self._match(connection, made, reported)
         return new_rows
 
@@ -144,9 +147,7 @@ class SqlPredictionLog:
             )
 
     def _prediction_row(self, event: PredictionMade, recorded: RecordedEvent) -> dict[str, Any]:
-        row_format = self._formats.get(recorded.columns)
-        if row_format is None:
-            row_format = self._formats[recorded.columns] = RowFormat(recorded.columns)
+        row_format = recorded.row_format or _NO_COLUMNS
         values = row_format.unpack(event.inputs)
         return {
             "id": event.id,
@@ -173,6 +174,18 @@ class SqlPredictionLog:
             "batch_position": event.batch_position,
             "inputs": event.inputs,
         }
+
+
+def _insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
+    """How many of the rows were new; those whose id is there already are left as they are."""
+    statement = sqlite.insert(table).on_conflict_do_nothing(index_elements=["id"])
+    return connection.execute(statement, rows).rowcount
+
+
+def _copy_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
+    from phoenix_ml.infrastructure.sql.copying import copy_new  # needs PostgreSQL's driver, an extra
+
+    return copy_new(connection, table, rows)
 
 
 def _outcome_row(event: OutcomeReported) -> dict[str, Any]:

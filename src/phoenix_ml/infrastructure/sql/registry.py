@@ -1,7 +1,7 @@
 """The registry in SQL. See ``Registry`` in the ports for the contract."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from phoenix_ml.domain.errors import (
     VersionInactive,
     VersionUnknown,
 )
+from phoenix_ml.domain.events import ModelChanged
+from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_promotion, version_precedence
 from phoenix_ml.domain.routing import Routing
 from phoenix_ml.infrastructure.sql.database import Database, next_value, refusing_values
@@ -24,8 +26,11 @@ from phoenix_ml.infrastructure.sql.schema import REGISTRY_REVISION, audit_log, c
 
 
 class SqlRegistry:
-    def __init__(self, database: Database) -> None:
+    """``announce`` is told of every change once it is committed."""
+
+    def __init__(self, database: Database, announce: Callable[[ModelChanged], None] = lambda _: None) -> None:
         self._database = database
+        self._announce = announce
 
     def add(self, version: ModelVersion, actor: str) -> None:
         row = {
@@ -42,9 +47,8 @@ class SqlRegistry:
         try:
             with self._changing() as connection:
                 connection.execute(insert(models).values(row))
-                subject = f"{version.model_id} {version.version}"
                 details = {"sha256": version.sha256, "stage": version.stage}
-                _record(connection, actor, "register", subject, details)
+                _record(connection, actor, "register", version.model_id, version.version, details)
         except IntegrityError as exc:
             raise VersionConflict(
                 f"{version.model_id} {version.version} was registered by somebody else just now"
@@ -108,14 +112,14 @@ class SqlRegistry:
             connection.execute(delete(routing).where(routing.c.model_id == model_id))
             row = {"model_id": model_id, "routing": document, "updated_at": _now_ms()}
             connection.execute(insert(routing).values(row))
-            _record(connection, actor, "routing", model_id, document)
+            _record(connection, actor, "routing", model_id, None, document)
 
     def clear_routing(self, model_id: str, actor: str) -> None:
         with self._changing() as connection:
             if _routing(connection, model_id) is None:
                 return
             connection.execute(delete(routing).where(routing.c.model_id == model_id))
-            _record(connection, actor, "routing", model_id, {"strategy": None})
+            _record(connection, actor, "routing", model_id, None, {"strategy": None})
 
     def revision(self) -> int:
         query = select(counters.c.value).where(counters.c.name == REGISTRY_REVISION)
@@ -138,7 +142,10 @@ class SqlRegistry:
         revision = select(counters.c.value).where(counters.c.name == REGISTRY_REVISION)
         with refusing_values(), self._database.write() as connection:
             connection.execute(revision.with_for_update())  # SQLite locks at the start of every write
-            yield connection
+            changes: list[ModelChanged] = []
+            yield connection.execution_options(changes=changes)
+        for change in changes:
+            self._announce(change)
 
 
 def _get(connection: Connection, model_id: str, version: str) -> ModelVersion:
@@ -177,14 +184,26 @@ def _change(
         .where(models.c.id == current.model_id, models.c.version == current.version)
         .values(values)
     )
-    _record(connection, actor, action, f"{current.model_id} {current.version}", details)
+    _record(connection, actor, action, current.model_id, current.version, details)
     return msgspec.structs.replace(current, **values)
 
 
-def _record(connection: Connection, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
+def _record(
+    connection: Connection,
+    actor: str,
+    action: str,
+    model_id: str,
+    version: str | None,
+    details: dict[str, Any],
+) -> None:
+    """Puts the change into the audit log, raises the revision, and has the change announced after the commit."""
     next_value(connection, REGISTRY_REVISION)
-    entry = {"at": _now_ms(), "actor": actor, "action": action, "subject": subject, "details": details}
+    now_ms = _now_ms()
+    subject = model_id if version is None else f"{model_id} {version}"
+    entry = {"at": now_ms, "actor": actor, "action": action, "subject": subject, "details": details}
     connection.execute(insert(audit_log).values(entry))
+    changes: list[ModelChanged] = connection.get_execution_options()["changes"]
+    changes.append(ModelChanged(new_id(), model_id, version, action, actor, now_ms))
 
 
 def _version(row: Row[Any]) -> ModelVersion:

@@ -11,7 +11,7 @@ REQUESTS = Counter(
 )
 REQUEST_SECONDS = Histogram(
     "phoenix_request_seconds",
-    "Time from the first byte read to the answer handed over.",
+    "Time from the end of the request's headers to the finished answer, the reading of the body included.",
     ("model", "version"),
 )
 PREDICTIONS = Counter(
@@ -58,6 +58,32 @@ JOURNAL_LAG_SECONDS = Gauge(
     "max",
 )
 JOURNAL_DAMAGE = Counter("phoenix_journal_damage_total", "Damaged regions found in journals.")
+JOURNAL_REFUSED = Counter(
+    "phoenix_journal_refused_total", "Requests refused because the journal was full or the disk took no more."
+)
+SHIP_EVENTS = Counter(
+    "phoenix_ship_events_total", "Events handed to Kafka; one that is sent again counts again."
+)
+SHIP_ACKNOWLEDGED = Counter("phoenix_ship_acknowledged_total", "Events that Kafka has acknowledged.")
+SHIP_RETRIES = Counter("phoenix_ship_retries_total", "Messages that were sent to Kafka again.")
+SHIP_FAILURES = Counter("phoenix_ship_failures_total", "Batches that Kafka did not take.")
+SHIP_DEAD = Counter(
+    "phoenix_ship_dead_total", "Events that went to the dead letters because they cannot be shipped."
+)
+SHIP_HEARTBEAT = Gauge(
+    "phoenix_ship_heartbeat_timestamp_seconds",
+    "When the ship role last completed a step or waited.",
+    (),
+    "max",
+)
+LOG_LAG_EVENTS = Gauge(
+    "phoenix_log_lag_events",
+    "Events in Kafka that this log worker's partitions hold and the log does not yet.",
+)
+JOURNAL_UNREADABLE = Gauge(
+    "phoenix_journal_unreadable_segments",
+    "Journal segments that the disk refuses at present; they are tried again.",
+)
 LOG_ROWS = Counter("phoenix_log_rows_total", "Rows newly written to the prediction log and its outcomes.")
 LOG_DEAD = Counter("phoenix_log_dead_total", "Events that went to the dead letters.")
 LOG_FAILURES = Counter("phoenix_log_failures_total", "Batches put off because the database did not answer.")

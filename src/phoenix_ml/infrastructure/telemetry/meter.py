@@ -70,6 +70,10 @@ class MetricsMeter:
             )
         histogram.observe(seconds)
 
+    def journal_refused(self) -> None:
+        """A request was refused because it could not be put on record."""
+        self._metrics.counter(catalogue.JOURNAL_REFUSED).add()
+
     def shadow_failed(self, model_id: str, version: str, code: str) -> None:
         self._metrics.counter(catalogue.SHADOW_FAILURES, model=model_id, version=version, code=code).add()
 

@@ -288,15 +288,20 @@ class MetricsWriter:
             raise OSError(ENOSPC, os.strerror(ENOSPC), self._file.name)
 
 
-def clear(folder: Path) -> None:
-    """Forgets the values of processes that have ended. For the supervisor, before it starts the first one."""
-    for path in folder.glob("*.mmap"):
+def clear(folder: Path) -> list[str]:
+    """Forgets the values of processes that have ended. For the supervisor, before it starts the first one.
+
+    The slots of processes that run, of `phoenix-ml work log` or of a supervisor that was killed."""
+    running = []
+    for path in sorted(folder.glob("*.mmap")):
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # a process that somebody else runs, such as `phoenix-ml work log`
+            except BlockingIOError:
+                running.append(path.stem)
                 continue
             path.unlink(missing_ok=True)
+    return running
 
 
 def negotiate(accept: str) -> tuple[bool, str]:
@@ -353,7 +358,8 @@ class _Plan(NamedTuple):
 
 
 # Kept, because parsing the keys and writing the labels takes 25 ms of 26 for 2,000 counters in three processes.
-@lru_cache(maxsize=2)
+# Three are in use: both formats of all metrics, and the one metric that the health check reads.
+@lru_cache(maxsize=4)
 def _plan(
     slots: tuple[tuple[str, bytes], ...], definitions: tuple[Definition, ...], openmetrics: bool
 ) -> _Plan:

@@ -2,12 +2,13 @@
 
 from alembic import context
 
-from phoenix_ml.infrastructure.sql.database import Database
+from phoenix_ml.infrastructure.sql.database import Database, lift_time_limit
 from phoenix_ml.infrastructure.sql.schema import metadata
 
 database: Database = context.config.attributes["database"]
 
 with database.write() as connection:
+    lift_time_limit(connection)
     context.configure(
         connection=connection,
         target_metadata=metadata,
