@@ -160,7 +160,7 @@ class FaultProxy:
                         relay.create_task(self._deliver(requests, to_upstream, delayed=False))
                         relay.create_task(_receive(from_upstream, answers))
                         relay.create_task(self._deliver(answers, to_client, delayed=True))
-                except* ConnectionError:
+                except* OSError:  # also "not connected", which is no ConnectionError
                     _abort(to_client, with_reset=True)
                     _abort(to_upstream, with_reset=True)
 

@@ -19,7 +19,7 @@ VALUES: dict[ElementType, st.SearchStrategy[Scalar]] = {
     INT64: st.integers(-(2**63), 2**63 - 1),
     INT32: st.integers(-(2**31), 2**31 - 1),
     BOOL: st.booleans(),
-    STRING: st.text(st.characters(exclude_categories=["Cs"])),
+    STRING: st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
 }
 cells = st.sampled_from(ElementType).flatmap(lambda element: st.tuples(st.just(element), VALUES[element]))
 
