@@ -4,6 +4,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Iterator
 
 from phoenix_ml.application.ports import UnreadableEvent
 from phoenix_ml.domain.errors import EventsUnavailable
@@ -66,6 +67,7 @@ class ShipRole:
                 self._reader.close()
                 self._reader = JournalReader(self._settings.journal_folder)
                 self._failures.add()
+                self._tell()
                 self._complain(exc.message)
                 if was_stopping:
                     return
@@ -80,20 +82,14 @@ class ShipRole:
     def step(self, stopping: threading.Event) -> int:
         """How many records were moved, each acknowledged or buried. Raises EventsUnavailable."""
         records = self._reader.read(_MAX_EVENTS)
-        messages: list[Message] = []
         unreadable: list[UnreadableEvent] = []
-        for record in records:
-            try:
-                if record.damage:
-                    raise ValueError(record.damage)
-                messages.append(encode_record(record.payload, record.schema or b""))
-            except ValueError as exc:
-                unreadable.append(UnreadableEvent(record.payload, str(exc), record))
-        self._shipped.add(len(messages))
         self._waits_since = time.monotonic()
-        refused = self._outbox.send(INFERENCE_EVENTS, messages, lambda: self._keep_waiting(stopping))
-        self._acknowledged.add(len(messages) - len(refused))
-        for event in (*unreadable, *_too_large(records, dict(refused))):
+        refused = self._outbox.send(
+            INFERENCE_EVENTS, self._messages(records, unreadable), lambda: self._keep_waiting(stopping)
+        )
+        too_large = self._too_large(records, unreadable, dict(refused), stopping) if refused else []
+        self._acknowledged.add(len(records) - len(unreadable) - len(too_large))
+        for event in (*unreadable, *too_large):
             log.error("an event cannot be shipped: %s", event.reason)
             self._dead.bury(event)
             self._dead_total.add()
@@ -104,6 +100,38 @@ class ShipRole:
     def close(self) -> None:
         self._outbox.close()
         self._reader.close()
+
+    def _messages(
+        self, records: list[JournalRecord], unreadable: list[UnreadableEvent]
+    ) -> Iterator[Message]:
+        """One at a time: 5,000 at once cost the garbage collector 3 µs each."""
+        for record in records:
+            try:
+                if record.damage:
+                    raise ValueError(record.damage)
+                yield encode_record(record.payload, record.schema or b"")
+            except ValueError as exc:
+                unreadable.append(UnreadableEvent(record.payload, str(exc), record))
+        self._shipped.add(len(records) - len(unreadable))
+
+    def _too_large(
+        self,
+        records: list[JournalRecord],
+        unreadable: list[UnreadableEvent],
+        refused: dict[bytes, str],
+        stopping: threading.Event,
+    ) -> list[UnreadableEvent]:
+        """Of the records whose messages were refused, those that Kafka will never take; it has the others now."""
+        not_sent = {id(event.origin) for event in unreadable}
+        found = []
+        for record in records:
+            if id(record) in not_sent:
+                continue
+            message = encode_record(record.payload, record.schema or b"")
+            if message.value in refused:
+                alone = self._outbox.send(INFERENCE_EVENTS, [message], lambda: self._keep_waiting(stopping))
+                found += [UnreadableEvent(record.payload, reason, record) for _, reason in alone]
+        return found
 
     def _keep_waiting(self, stopping: threading.Event) -> None:
         self._tell()
@@ -128,18 +156,3 @@ class ShipRole:
         if now - self._complained_at > _COMPLAIN_EVERY_S:
             self._complained_at = now
             log.warning("events wait in the journals: %s", words)
-
-
-def _too_large(records: list[JournalRecord], refused: dict[bytes, str]) -> list[UnreadableEvent]:
-    """The records whose messages Kafka will never take."""
-    if not refused:
-        return []
-    found = []
-    for record in records:
-        # The message is the payload between an array's header and the columns.
-        reason = next(
-            (why for value, why in refused.items() if value.startswith(b"\x92" + record.payload)), None
-        )
-        if reason is not None:
-            found.append(UnreadableEvent(record.payload, reason, record))
-    return found
