@@ -158,5 +158,7 @@ def _scheme(url: str) -> str:
 
 def _unknown_scheme(setting: str, url: str, known: list[str]) -> Misconfigured:
     return Misconfigured(
-        f"{setting}: {url!r} has no known scheme; known are {', '.join(known)}", setting=setting
+        # No more of the URL: it may hold a password.
+        f"{setting}: {_scheme(url)!r} is no known scheme; known are {', '.join(known)}",
+        setting=setting,
     )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -800,7 +801,8 @@ def events_dead_list(limit: int, data: Path | None, as_json: bool) -> None:
     for letter in letters[:limit]:
         event = None if letter.event is None else describe_event(letter.event)
         shown = f"{event['kind']} {event['id']}" if event else f"{len(letter.payload)} bytes, no event"
-        table.add_row(letter.buried_at, letter.place, shown, letter.reason)
+        # Foreign bytes may stand in the last: they are no markup of ours.
+        table.add_row(letter.buried_at, escape(letter.place), escape(shown), escape(letter.reason))
     print_wide(table)
 
 

@@ -181,6 +181,8 @@ def misspelt_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class _FixedSettings(Settings):
+    model_config = SettingsConfigDict(toml_file=None)
+
     @classmethod
     def settings_customise_sources(
         cls,

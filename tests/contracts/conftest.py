@@ -1,10 +1,12 @@
-"""Databases for the contract suites: SQLite, and a real PostgreSQL."""
+"""What several contract suites run over: SQLite and a real PostgreSQL, the journal and a real Kafka."""
 
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import servers
+from roads import KafkaRoad, LocalRoad, Road
 from servers import PostgresServer
 
 from phoenix_ml.infrastructure.sql.database import Database
@@ -29,3 +31,14 @@ def url(
     yield new_url
     if request.param == "postgresql":
         servers.drop_database(server_url, new_url)
+
+
+@pytest.fixture(params=["local", "kafka"])
+def road(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Road]:
+    """Each of the two roads, empty."""
+    if request.param == "local":
+        with closing(LocalRoad(tmp_path)) as local:
+            yield local
+    else:
+        with closing(KafkaRoad(request.getfixturevalue("kafka_url"))) as kafka:
+            yield kafka

@@ -311,16 +311,19 @@ class KafkaServer(Server):
     """A Kafka broker of its own, its own controller too; what it acknowledged survives kill() and start().
 
     It creates no topic by itself, and tells clients that come through `proxied_port` to stay on the proxy that
-    the caller puts on `proxy_port`: `FaultProxy(HOST, kafka.proxied_port, port=kafka.proxy_port)`.
+    the caller puts on `proxy_port`: `FaultProxy(HOST, kafka.proxied_port, port=kafka.proxy_port)`. On
+    `secured_port` it speaks SASL_SSL, to the user `phoenix` with `password`, under `certificate`.
     """
 
     name = "Kafka"
     stop_signal = signal.SIGTERM
     start_deadline_s = 90.0
+    password = "50% of +1 & a/b?"  # all that has a meaning in a URL
 
     def __init__(self) -> None:
         super().__init__()
         self.proxied_port = free_port()
+        self.secured_port = free_port()
         self.proxy_port = free_port()
         self._controller_port = free_port()
 
@@ -338,6 +341,12 @@ class KafkaServer(Server):
     def proxied_url(self) -> str:
         """The same through the proxy."""
         return f"kafka://{HOST}:{self.proxy_port}"
+
+    @property
+    def certificate(self) -> Path:
+        """What the broker shows on `secured_port`: signed by itself, so that it is its own authority."""
+        assert self._folder is not None
+        return self._folder / "certificate.pem"
 
     def _command(self, folder: Path) -> list[str]:
         return [*_tied_to_this_run(), *_java(), "kafka.Kafka", str(folder / "server.properties")]
@@ -361,9 +370,16 @@ class KafkaServer(Server):
             "node.id": "1",
             "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
             "listeners": f"DIRECT://{HOST}:{self.port},PROXIED://{HOST}:{self.proxied_port},"
-            f"CONTROLLER://{HOST}:{self._controller_port}",
-            "advertised.listeners": f"DIRECT://{HOST}:{self.port},PROXIED://{HOST}:{self.proxy_port}",
-            "listener.security.protocol.map": "DIRECT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            f"SECURED://{HOST}:{self.secured_port},CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": f"DIRECT://{HOST}:{self.port},PROXIED://{HOST}:{self.proxy_port},"
+            f"SECURED://{HOST}:{self.secured_port}",
+            "listener.security.protocol.map": "DIRECT:PLAINTEXT,PROXIED:PLAINTEXT,SECURED:SASL_SSL,"
+            "CONTROLLER:PLAINTEXT",
+            "listener.name.secured.ssl.keystore.type": "PEM",
+            "listener.name.secured.ssl.keystore.location": str(folder / "key-and-certificate.pem"),
+            "listener.name.secured.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.secured.plain.sasl.jaas.config": "org.apache.kafka.common.security.plain."
+            f'PlainLoginModule required user_phoenix="{self.password}";',
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "DIRECT",
             "log.dirs": str(folder / "data"),
@@ -376,6 +392,9 @@ class KafkaServer(Server):
             "broker.session.timeout.ms": "1500",
         }
         (folder / "server.properties").write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
+        key_and_certificate = _self_signed()
+        (folder / "key-and-certificate.pem").write_text(key_and_certificate)
+        (folder / "certificate.pem").write_text(key_and_certificate.partition("-----END PRIVATE KEY-----")[2])
         arguments = ["format", "--cluster-id", "4L6g3nShT-eMCtK--X86sw", "--config", "server.properties"]
         made = subprocess.run(
             [*_tied_to_this_run(), *java, "kafka.tools.StorageTool", *arguments],
@@ -485,6 +504,13 @@ def _java() -> list[str]:
     # A broker that lives for minutes starts faster without the second compiler, and needs no heap to speak of.
     options = ["-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
     return [java, *options, "-cp", f"{KAFKA_JARS}/*"]
+
+
+def _self_signed() -> str:
+    """A private key and a certificate of this machine, in PEM."""
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=kafka"]
+    options = ["-addext", f"subjectAltName=IP:{HOST}", "-keyout", "-", "-out", "-"]
+    return subprocess.run([*request, *options], capture_output=True, text=True, check=True).stdout
 
 
 def _tied_to_this_run(user: str | None = None) -> list[str]:

@@ -132,7 +132,8 @@ def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> Backgroun
         )
     if kafka is None:
         raise Misconfigured(
-            "there is nowhere to ship to: PHOENIX_EVENTS is local:, and the log role reads the journals itself",
+            "there is nowhere to ship to: PHOENIX_EVENTS is local:, and the log role reads the journals itself; "
+            "name a kafka://… there, or leave the ship role out",
             setting="PHOENIX_ROLES",
         )
     from phoenix_ml.processes.ship import ShipRole

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
@@ -16,6 +17,9 @@ from phoenix_ml.domain.errors import ModelLoadFailed, PhoenixError
 from phoenix_ml.infrastructure.cpu import cpu_limit
 from phoenix_ml.processes.supervisor import check_address
 from phoenix_ml.settings import Settings, misspelt_variables
+
+if TYPE_CHECKING:  # Kafka's library is an extra
+    from phoenix_ml.infrastructure.events.kafka import Kafka
 
 _LEAST_FREE_BYTES = 1 << 30
 
@@ -38,12 +42,14 @@ def examine(settings: Settings) -> list[Finding]:
     try:
         if (missing := _missing(settings.database_url, "sqlite:///")) is not None:
             # Bootstrap would make its folder.
-            open_kafka(settings)
+            kafka = open_kafka(settings)
             open_artifacts(settings)
+            findings += _events(kafka)
             return [*findings, Finding("database", True, f"{missing} is not there yet: 'serve' makes it")]
         phoenix = bootstrap(settings)
     except PhoenixError as exc:
         return [*findings, Finding("settings", False, exc.message)]
+    findings += _events(phoenix.kafka)
     findings.append(_check("database", lambda: _database(phoenix)))
     if findings[-1].ok:
         findings.append(_check("models", lambda: _models(phoenix)))
@@ -105,6 +111,12 @@ async def _features(settings: Settings) -> str:
     finally:
         await store.close()
     return f"{store.name} answers"
+
+
+def _events(kafka: "Kafka | None") -> list[Finding]:
+    if kafka is None:
+        return []
+    return [_check("events", lambda: f"{kafka.name} answers: cluster {kafka.check()}")]
 
 
 def _database(phoenix: Phoenix) -> str:

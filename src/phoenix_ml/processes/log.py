@@ -27,6 +27,7 @@ _MAX_EVENTS = 2000
 _PAUSE_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
 _UNMATCHED_EVERY_S = 10.0
+_COMPLAIN_EVERY_S = 30.0
 
 
 class LogRole:
@@ -60,6 +61,7 @@ class LogRole:
         self._heartbeat.set(time.time())
         self._unmatched = metrics.gauge(catalogue.OUTCOMES_UNMATCHED)
         self._unmatched_at = float("-inf")
+        self._complained_at = float("-inf")
 
     def run(self, stopping: threading.Event) -> None:
         """Returns after ``stopping`` is set: with ``drains`` when nothing is left to log, else after the batch
@@ -74,7 +76,9 @@ class LogRole:
             except (DatabaseUnavailable, EventsUnavailable) as exc:
                 self._failures.add()
                 self._tell(True)
-                log.warning("the log waits: %s", exc.message)
+                if time.monotonic() - self._complained_at > _COMPLAIN_EVERY_S:
+                    self._complained_at = time.monotonic()
+                    log.warning("the log waits: %s", exc.message)
                 if was_stopping:
                     return
                 stopping.wait(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret

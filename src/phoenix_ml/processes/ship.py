@@ -101,9 +101,7 @@ class ShipRole:
         self._outbox.close()
         self._reader.close()
 
-    def _messages(
-        self, records: list[JournalRecord], unreadable: list[UnreadableEvent]
-    ) -> Iterator[Message]:
+    def _messages(self, records: list[JournalRecord], unreadable: list[UnreadableEvent]) -> Iterator[Message]:
         """One at a time: 5,000 at once cost the garbage collector 3 µs each."""
         for record in records:
             try:

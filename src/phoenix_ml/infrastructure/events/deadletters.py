@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from phoenix_ml.application.ports import DeadLetter, RecordedEvent, UnreadableEvent
+from phoenix_ml.domain.errors import EventsUnavailable
 from phoenix_ml.infrastructure.events.codec import decode_event
 from phoenix_ml.infrastructure.events.journal import JournalRecord, JournalWriter
 
@@ -47,7 +48,8 @@ class FileDeadLetters:
 
     def letters(self, limit: int) -> list[DeadLetter]:
         """The oldest."""
-        return [_letter(line) for line in self._lines()[:limit]]
+        with self._reached():
+            return [_letter(line) for line in self._lines()[:limit]]
 
     def requeue(self, limit: int) -> int:
         """How many events went back into the journal, the oldest first; damaged bytes stay where they are.
@@ -79,18 +81,39 @@ class FileDeadLetters:
             written = self._path.read_bytes()
         except FileNotFoundError:
             return []
-        return [msgspec.json.decode(line, type=_Line) for line in written.splitlines()]
+        whole = written[: _whole_bytes(written)]
+        return [msgspec.json.decode(line, type=_Line) for line in whole.splitlines()]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self._reached():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.with_suffix(".lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
             yield
+        except OSError as exc:
+            raise EventsUnavailable(
+                f"the dead letters in {self._path.parent} cannot be reached: {exc.strerror}",
+                events=str(self._path),
+            ) from exc
+
+
+def _whole_bytes(written: bytes) -> int:
+    """Where the last letter ends. A process that died, or a disk that was full, may leave a part of another,
+    which its origin still has.
+    """
+    return written.rfind(b"\n") + 1
 
 
 def _append(path: Path, lines: list[_Line]) -> None:
-    with path.open("ab") as file:
+    with path.open("a+b") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.truncate(_whole_bytes(path.read_bytes()))
         for line in lines:
             file.write(msgspec.json.encode(line) + b"\n")
         file.flush()

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -38,6 +39,16 @@ MODEL_EVENTS: Final = "model-events"
 _LOG_GROUP: Final = "phoenix-log"
 _REQUEUE_GROUP: Final = "phoenix-dead-requeue"
 _PATIENCE_S: Final = 5.0
+# Twice of what Kafka takes by default: a letter is larger than its message, and must not be refused as well.
+_LETTER_BYTES: Final = 2 * 1024 * 1024
+_REASON_CHARACTERS: Final = 1000
+_NOT_SETTLED: Final = {
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+}
 _TOO_LARGE: Final = {
     KafkaError.MSG_SIZE_TOO_LARGE,
     KafkaError.RECORD_LIST_TOO_LARGE,
@@ -45,6 +56,7 @@ _TOO_LARGE: Final = {
 }
 
 log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
 _Client = TypeVar("_Client", AdminClient, Producer, Consumer)
 
 
@@ -79,7 +91,9 @@ class Kafka:
             "socket.timeout.ms": 10_000,
             "socket.keepalive.enable": True,
         } | dict(parse_qsl(parts.query))
-        self._made(AdminClient, {})
+        # What a property says wrongly is told at the start, not by the first thread that needs it.
+        self.producer()
+        self.consumer("phoenix").close()
 
     def full_name(self, name: str) -> str:
         """The name with the prefix: of a topic or a group."""
@@ -97,6 +111,7 @@ class Kafka:
                 "group.id": self.full_name(group),
                 "enable.auto.commit": False,
                 "auto.offset.reset": "earliest",
+                "session.timeout.ms": 10_000,
                 **properties,
             },
         )
@@ -116,30 +131,43 @@ class Kafka:
             DEAD_EVENTS: 1,
             MODEL_EVENTS: 1,  # changes are read in their order
         }
-        admin = self._made(AdminClient, {})
-        try:
+        with self._admin() as admin:
             there = admin.list_topics(timeout=_PATIENCE_S).topics
             missing = [
-                NewTopic(self.full_name(name), count, -1)
+                NewTopic(
+                    self.full_name(name),
+                    count,
+                    -1,
+                    config={"max.message.bytes": str(_LETTER_BYTES)} if name == DEAD_EVENTS else {},
+                )
                 for name, count in partitions.items()
                 if self.full_name(name) not in there
             ]
             created = admin.create_topics(missing, request_timeout=_PATIENCE_S) if missing else {}
             for future in created.values():
                 _created(future.result)
-        except KafkaException as exc:
-            raise self.unavailable(exc.args[0]) from exc
 
     def check(self) -> str:
         """Which cluster answers. Raises EventsUnavailable when none does."""
-        try:
-            return str(self._made(AdminClient, {}).list_topics(timeout=_PATIENCE_S).cluster_id)
-        except KafkaException as exc:
-            raise self.unavailable(exc.args[0]) from exc
+        with self._admin() as admin:
+            return str(admin.list_topics(timeout=_PATIENCE_S).cluster_id)
 
-    def unavailable(self, reason: KafkaError | str) -> EventsUnavailable:
+    def unavailable(self, reason: KafkaError | str, trouble: str = "") -> EventsUnavailable:
+        """The error to raise; ``trouble`` is what the connection complained of."""
         words = reason.str() if isinstance(reason, KafkaError) else reason
-        return EventsUnavailable(f"{self.name} does not answer: {words}", events=self.name)
+        told = f"{words}: {trouble}" if trouble else words
+        return EventsUnavailable(f"{self.name} does not answer: {told}", events=self.name)
+
+    @contextmanager
+    def _admin(self) -> Iterator[AdminClient]:
+        """Within the block, what Kafka refuses or does not answer raises EventsUnavailable."""
+        trouble = _Trouble()
+        admin = self._made(AdminClient, {"error_cb": trouble})
+        try:
+            yield admin
+        except KafkaException as exc:
+            admin.poll(0)  # Only now is it told why: the exception knows that time was up.
+            raise self.unavailable(exc.args[0], trouble.words) from exc
 
     def _made(self, kind: Callable[[dict[str, Any]], _Client], properties: dict[str, Any]) -> _Client:
         try:
@@ -150,21 +178,33 @@ class Kafka:
             ) from exc
 
 
+class _Trouble:
+    """What a connection last complained of."""
+
+    words = ""
+
+    def __call__(self, error: KafkaError) -> None:
+        # That all brokers are down comes last, and says less than why.
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self.words = error.str()
+
+
 class KafkaOutbox:
     """Sends messages, and returns when Kafka has acknowledged them. Belongs to one thread."""
 
-    def __init__(self, kafka: Kafka) -> None:
+    def __init__(self, kafka: Kafka, **properties: Any) -> None:
         self.retries_total = 0
         self._kafka = kafka
+        self._properties = properties
         self._refused: list[tuple[bytes, str]] = []
         self._failure: KafkaError | None = None
-        self._trouble = "no broker has answered yet"
+        self._trouble = _Trouble()
         self._producer = self._new_producer()
 
     @property
     def trouble(self) -> str:
         """What the connection last complained of."""
-        return self._trouble
+        return self._trouble.words or "no broker has answered yet"
 
     def send(
         self,
@@ -172,7 +212,8 @@ class KafkaOutbox:
         messages: Iterable[cloudevents.Message],
         keep_waiting: Callable[[], None] = lambda: None,
     ) -> list[tuple[bytes, str]]:
-        """The values that Kafka will never take, each with its reason; all others are acknowledged.
+        """The values that Kafka does not take, each with its reason; all others are acknowledged. It refuses
+        small ones, too, when they came in one batch with others: alone, only what it will never take.
 
         Waits as long as it takes, and asks ``keep_waiting`` four times a second, which may raise to end it.
         Raises EventsUnavailable when some were not taken: then all should be sent again.
@@ -208,7 +249,6 @@ class KafkaOutbox:
                     topic,
                     value,
                     key,
-                    on_delivery=self._delivered,
                     headers=headers,  # type: ignore[arg-type]
                 )
             except BufferError:
@@ -229,9 +269,11 @@ class KafkaOutbox:
                 "compression.type": "lz4",
                 "linger.ms": 20,
                 "batch.size": 512 * 1024,
+                "on_delivery": self._delivered,
                 "statistics.interval.ms": 5000,
                 "stats_cb": self._count_retries,
                 "error_cb": self._complain,
+                **self._properties,
             }
         )
 
@@ -246,7 +288,7 @@ class KafkaOutbox:
             self._failure = error
 
     def _complain(self, error: KafkaError) -> None:
-        self._trouble = error.str()
+        self._trouble(error)
         if error.fatal():
             self._failure = error
 
@@ -270,7 +312,6 @@ class KafkaEvents:
             **{
                 # Members come and go without taking the partitions of the others away for a moment.
                 "partition.assignment.strategy": "cooperative-sticky",
-                "session.timeout.ms": 10_000,
                 "heartbeat.interval.ms": 2000,
                 "fetch.wait.max.ms": 100,
                 "error_cb": self._complain,
@@ -355,7 +396,9 @@ class KafkaEvents:
         self._taken = [message for message in self._taken if message.partition() not in leaving]
 
     def _complain(self, error: KafkaError) -> None:
-        self._trouble = error
+        # That all brokers are down comes last, and says less than why.
+        if self._trouble is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error
 
 
 class KafkaDeadLetters:
@@ -364,13 +407,14 @@ class KafkaDeadLetters:
     def __init__(self, kafka: Kafka) -> None:
         self._kafka = kafka
         self._topic = kafka.full_name(DEAD_EVENTS)
+        self._outbox: KafkaOutbox | None = None
 
     def bury(self, event: UnreadableEvent) -> None:
         """Returns when Kafka has acknowledged it. Raises EventsUnavailable."""
         origin: Message = event.origin
         headers = [
             *_own_headers(origin),
-            ("phoenix_reason", event.reason.encode()),
+            ("phoenix_reason", event.reason[:_REASON_CHARACTERS].encode()),
             ("phoenix_origin", f"{origin.topic()}[{origin.partition()}]@{origin.offset()}".encode()),
             ("phoenix_buried_at", cloudevents.rfc_3339(time.time_ns() // 1_000_000)),
         ]
@@ -378,58 +422,74 @@ class KafkaDeadLetters:
 
     def letters(self, limit: int) -> list[DeadLetter]:
         """The oldest that were not requeued yet. Raises EventsUnavailable."""
-        return [_letter(message) for message in self._waiting(limit)[0]]
+        with self._reader() as consumer:
+            return [_letter(message) for message in self._waiting(consumer, limit)]
 
     def requeue(self, limit: int) -> int:
         """How many went back to ``inference-events``, the oldest first. Raises EventsUnavailable."""
-        messages, consumer = self._waiting(limit)
-        if not messages:
-            return 0
-        self._send(
-            [cloudevents.Message(_key(m), _value(m), _own_headers(m)) for m in messages],
-            INFERENCE_EVENTS,
-        )
-        last = messages[-1].offset()
-        assert last is not None
-        try:
+        with self._reader() as consumer:
+            messages = self._waiting(consumer, limit)
+            if not messages:
+                return 0
+            self._send(
+                [cloudevents.Message(_key(m), _value(m), _own_headers(m)) for m in messages],
+                INFERENCE_EVENTS,
+            )
+            last = messages[-1].offset()
+            assert last is not None
             consumer.commit(offsets=[TopicPartition(self._topic, 0, last + 1)], asynchronous=False)
-        except KafkaException as exc:
-            raise self._kafka.unavailable(exc.args[0]) from exc
-        finally:
-            consumer.close()
-        return len(messages)
+            return len(messages)
 
     def _send(self, messages: list[cloudevents.Message], topic: str) -> None:
         give_up_at = time.monotonic() + _PATIENCE_S
-        outbox = KafkaOutbox(self._kafka)
+        outbox = self._outbox or KafkaOutbox(self._kafka, **{"message.max.bytes": _LETTER_BYTES})
+        self._outbox = None
 
         def keep_waiting() -> None:
             if time.monotonic() > give_up_at:
                 raise self._kafka.unavailable(outbox.trouble)
 
         try:
-            refused = outbox.send(topic, messages, keep_waiting)
-        finally:
-            outbox.close()
+            in_batches = dict(outbox.send(topic, messages, keep_waiting))
+            again = [message for message in messages if message.value in in_batches]
+            refused = [one for message in again for one in outbox.send(topic, [message], keep_waiting)]
+        except BaseException:
+            outbox.close()  # else what was given up would go out with the next letter
+            raise
+        # Kept: a connection for each letter took 0.4 s, and a log worker may have thousands to bury.
+        self._outbox = outbox
         if refused:
             raise EventsUnavailable(f"{topic} takes no message this large: {refused[0][1]}", events=topic)
 
-    def _waiting(self, limit: int) -> tuple[list[Message], Consumer]:
-        consumer = self._kafka.consumer(_REQUEUE_GROUP)
+    @contextmanager
+    def _reader(self) -> Iterator[Consumer]:
+        """Within the block, what Kafka refuses or does not answer raises EventsUnavailable."""
+        trouble = _Trouble()
+        consumer = self._kafka.consumer(_REQUEUE_GROUP, error_cb=trouble)
+        try:
+            yield consumer
+        except KafkaException as exc:
+            consumer.poll(0)  # Only now is it told why: the exception knows that time was up.
+            raise self._kafka.unavailable(exc.args[0], trouble.words) from exc
+        finally:
+            consumer.close()
+
+    def _waiting(self, consumer: Consumer, limit: int) -> list[Message]:
         partition = TopicPartition(self._topic, 0)
         try:
-            (committed,) = consumer.committed([partition], _PATIENCE_S)
-            first, end = consumer.get_watermark_offsets(partition, _PATIENCE_S)
-            start = max(first, committed.offset)
-            consumer.assign([TopicPartition(self._topic, 0, start)])
-            messages: list[Message] = []
-            give_up_at = time.monotonic() + _PATIENCE_S
-            while len(messages) < min(limit, end - start) and time.monotonic() < give_up_at:
-                messages += [m for m in consumer.consume(min(limit, end - start), 0.5) if m.error() is None]
+            first, end = _settled(consumer, lambda: consumer.get_watermark_offsets(partition, _PATIENCE_S))
         except KafkaException as exc:
-            consumer.close()
-            raise self._kafka.unavailable(exc.args[0]) from exc
-        return messages[:limit], consumer
+            if exc.args[0].code() != KafkaError._UNKNOWN_PARTITION:
+                raise
+            return []  # nobody has shipped or logged anything yet: the first to do so creates the topic
+        (committed,) = _settled(consumer, lambda: consumer.committed([partition], _PATIENCE_S))
+        start = max(first, committed.offset)
+        consumer.assign([TopicPartition(self._topic, 0, start)])
+        messages: list[Message] = []
+        give_up_at = time.monotonic() + _PATIENCE_S
+        while len(messages) < min(limit, end - start) and time.monotonic() < give_up_at:
+            messages += [m for m in consumer.consume(min(limit, end - start), 0.5) if m.error() is None]
+        return messages[:limit]
 
 
 class ModelAnnouncer:
@@ -490,6 +550,18 @@ def _created(result: Callable[[], Any]) -> None:
     except KafkaException as exc:
         if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise
+
+
+def _settled(consumer: Consumer, ask: Callable[[], _Answer]) -> _Answer:
+    """The answer of a cluster that may have started, or made the topic, just now, and needs a moment."""
+    give_up_at = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except KafkaException as exc:
+            if exc.args[0].code() not in _NOT_SETTLED or time.monotonic() > give_up_at:
+                raise
+            consumer.poll(0.1)
 
 
 def _key(message: Message) -> bytes:
