@@ -4,6 +4,7 @@ imported only where they are chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ from phoenix_ml.settings import Settings
 if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml --help` need not wait for
     from phoenix_ml.infrastructure.events.kafka import Kafka, ModelAnnouncer
     from phoenix_ml.infrastructure.sql.database import Database
+
+_REDIS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,16 @@ def bootstrap_predict(
 ) -> tuple[LiveModels, Predict]:
     """The serving half, which only API processes need."""
     live = LiveModels(phoenix.registry, phoenix.artifacts, phoenix.engines, meter)
-    predict = Predict(live, features, journal, meter, batch_limit=phoenix.settings.batch_limit)
+    settings = phoenix.settings
+    predict = Predict(
+        live,
+        features,
+        journal,
+        meter,
+        batch_limit=settings.batch_limit,
+        queue_limit=settings.queue_limit,
+        queue_deadline_s=settings.queue_deadline_ms / 1000,
+    )
     return live, predict
 
 
@@ -103,13 +115,25 @@ def open_features(settings: Settings, deadline_ms: float | None = None) -> Featu
             return SqliteFeatures(Path(path))
         make_data_folder(settings)
         return SqliteFeatures(settings.data / "features.db")
-    if _scheme(url) in ("redis", "rediss"):
+    if _scheme(url) in _REDIS:
         try:
             from phoenix_ml.infrastructure.features.redis import RedisFeatures
         except ModuleNotFoundError as exc:
             raise Misconfigured("Redis needs its client: pip install 'phoenix-ml[redis]'") from exc
         return RedisFeatures(url, deadline_ms or settings.features_deadline_ms)
-    raise _unknown_scheme("PHOENIX_FEATURES", url, ["sqlite:", "redis://", "rediss://"])
+    raise _unknown_scheme("PHOENIX_FEATURES", url, ["sqlite:", *(f"{scheme}://" for scheme in _REDIS)])
+
+
+def cache_features(
+    store: FeatureStore, settings: Settings, count_hit: Callable[[], None], count_miss: Callable[[], None]
+) -> FeatureStore:
+    """The store, behind a cache where the settings want one."""
+    if not settings.features_cache_ms:
+        return store
+    from phoenix_ml.infrastructure.features.cache import CachedFeatures
+
+    limit = settings.features_cache_entities
+    return CachedFeatures(store, settings.features_cache_ms, limit, count_hit, count_miss)
 
 
 def open_kafka(settings: Settings) -> Kafka | None:

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -20,11 +20,15 @@ from rich.table import Table
 
 from phoenix_ml import __version__
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_dead_letters, open_features
-from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachable
+from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, PhoenixError, ServerUnreachable
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import ModelVersion, Stage
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.settings import load_settings
+
+if TYPE_CHECKING:
+    from phoenix_ml.application.replay import Replay
+    from phoenix_ml.domain.features import PackedSignature
 
 T = TypeVar("T")
 # A bulk command waits for the store as long as a person would, not as long as a request may.
@@ -494,6 +498,7 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
     from phoenix_ml.application.features import load_features
     from phoenix_ml.infrastructure.tables import open_table
 
+    signatures = signatures_to_pack(data)
     store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
     try:
         with open_table(file, text_columns=[entity]) as table, Progress(console=err) as bar:
@@ -503,10 +508,22 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
                 )
             task = bar.add_task(f"loading {file.name}", total=1.0)
             return await load_features(
-                store, table.batches, entity, lambda share: bar.update(task, completed=share)
+                store, table.batches, entity, lambda share: bar.update(task, completed=share), signatures
             )
     finally:
         await store.close()
+
+
+def signatures_to_pack(data: Path | None) -> Sequence["PackedSignature"]:
+    """Those of the active models; none while the database cannot say."""
+    from phoenix_ml.application.features import packed_signatures
+
+    try:
+        with opened(data) as phoenix:
+            return packed_signatures(phoenix.registry.list_versions())
+    except DatabaseUnavailable as exc:
+        err.print(f"[yellow]features are stored, but no rows are packed:[/] {escape(exc.message)}")
+        return ()
 
 
 @features.command("get")
@@ -547,11 +564,12 @@ def features_put(entity_id: str, values: tuple[str, ...], data: Path | None, as_
     from phoenix_ml.application.features import store_features
 
     given = dict(_parse_value(word) for word in values)
+    signatures = signatures_to_pack(data)
 
     async def put() -> int:
         store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
         try:
-            return await store_features(store, {entity_id: given})
+            return await store_features(store, {entity_id: given}, signatures)
         finally:
             await store.close()
 
@@ -732,6 +750,48 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
 
     with opened(data) as phoenix:
         show_json(describe_prediction(phoenix.prediction_log.get(prediction_id)))
+
+
+@predictions.command("replay")
+@click.argument("prediction_id")
+@data_option
+@json_option
+@example("phoenix-ml predictions replay 01928c5a-…")
+def predictions_replay(prediction_id: str, data: Path | None, as_json: bool) -> None:
+    """Compute a prediction again, from its exact inputs by its very artifact, and compare bit for bit."""
+    from phoenix_ml.application.replay import replay
+
+    with opened(data) as phoenix:
+        replayed = replay(
+            phoenix.prediction_log, phoenix.registry, phoenix.artifacts, phoenix.engines, prediction_id
+        )
+    if as_json:
+        show_json(replayed)
+    else:
+        show_replay(replayed)
+    sys.exit(0 if replayed.identical else 1)
+
+
+def show_replay(replayed: "Replay") -> None:
+    console = Console()
+    verdict = "[green]identical[/]" if replayed.identical else "[red]different[/]"
+    console.print(
+        f"{verdict}  [bold]{replayed.model_id} {replayed.model_version}[/], row {replayed.batch_position + 1} of "
+        f"{replayed.batch_size} in its batch"
+    )
+    console.print(f"[dim]{replayed.runtime}, sha256 {replayed.sha256[:16]}…[/]")
+    table = Table("", "on record", "computed now", "", box=None)
+    for name in ("result", "confidence", "probabilities"):
+        value = getattr(replayed, name)
+        state = "[green]identical[/]" if value.identical else "[red]different[/]"
+        table.add_row(name, escape(json.dumps(value.logged)), escape(json.dumps(value.computed)), state)
+    print_wide(table)
+    if replayed.registered_runtime != replayed.runtime:
+        console.print(
+            f"registered with {replayed.registered_runtime}, computed now by {replayed.runtime}, which may round "
+            "differently",
+            highlight=False,
+        )
 
 
 @predictions.command("unmatched")

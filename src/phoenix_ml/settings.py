@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     database: str = Field("", description="`sqlite:///FILE` or `postgresql://…`; empty is `DATA/phoenix.db`.")
     features: str = Field(
         "sqlite:",
-        description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE`, `redis://…` or `rediss://…`.",
+        description="Feature store: `sqlite:` (`DATA/features.db`), `sqlite:FILE`, `redis://…`, `redis+sentinel://…` or `redis+cluster://…`.",
     )
     events: str = Field(
         "local:",
@@ -71,11 +71,26 @@ class Settings(BaseSettings):
     features_deadline_ms: float = Field(
         5.0, gt=0, description="Longest wait for one read of the Redis store."
     )
+    features_cache_ms: float = Field(
+        0.0,
+        ge=0,
+        description="How long an API process may use what it has read of an entity's features; 0 asks the store each time.",
+    )
+    features_cache_entities: int = Field(
+        10_000, ge=1, description="Most entities in one process's feature cache; the oldest go."
+    )
     registry_poll_ms: int = Field(
         250, ge=10, le=1000, description="How often API processes look for registry changes."
     )
     engine_threads: int = Field(
         1, ge=0, description="Threads of one engine run, at most the container's CPU limit; 0 is that limit."
+    )
+
+    queue_limit: int = Field(
+        256, ge=1, description="Most requests that wait for one version in one process; more are refused."
+    )
+    queue_deadline_ms: int = Field(
+        2000, ge=1, description="Longest wait for a run of a slow version; later requests are refused."
     )
 
     journal_limit_bytes: int = Field(

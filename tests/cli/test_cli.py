@@ -128,6 +128,7 @@ def test_the_verbs_of_the_architecture_are_there() -> None:
         "predict",
         "predictions list",
         "predictions show",
+        "predictions replay",
         "demo",
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import servers
 from roads import KafkaRoad, LocalRoad, Road
-from servers import PostgresServer
+from servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
 from phoenix_ml.infrastructure.sql.database import Database
 
@@ -31,6 +31,36 @@ def url(
     yield new_url
     if request.param == "postgresql":
         servers.drop_database(server_url, new_url)
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(redis_server: RedisServer) -> Iterator[RedisCluster]:
+    """A cluster of this run, to kill and freeze at will."""
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def redis_cluster_url(redis_cluster: RedisCluster) -> str:
+    """An empty cluster that runs."""
+    redis_cluster.start()
+    redis_cluster.empty()
+    return redis_cluster.url
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel(redis_server: RedisServer) -> Iterator[RedisSentinel]:
+    """A sentinel of this run with its master and replica, to kill and freeze at will."""
+    with RedisSentinel() as sentinel:
+        yield sentinel
+
+
+@pytest.fixture
+def redis_sentinel_url(redis_sentinel: RedisSentinel) -> str:
+    """An empty master behind a sentinel that could fail over."""
+    redis_sentinel.start()
+    servers.empty_redis(redis_sentinel.master().url)
+    return redis_sentinel.url
 
 
 @pytest.fixture(params=["local", "kafka"])

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import count
 from pathlib import Path
 
@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 
 from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.domain.errors import FeatureInvalid, FeatureStoreUnavailable, InvalidField, PhoenixError
-from phoenix_ml.domain.features import FeatureType, StoredFeatures
-from phoenix_ml.domain.rows import Scalar
+from phoenix_ml.domain.features import (
+    FeatureType,
+    PackedFeatures,
+    PackedSignature,
+    StoredFeatures,
+    packed_signature,
+)
+from phoenix_ml.domain.rows import Column, ElementType, Scalar
+from phoenix_ml.infrastructure.features.cache import CachedFeatures
 from phoenix_ml.infrastructure.features.redis import RedisFeatures
 from phoenix_ml.infrastructure.features.sqlite import SqliteFeatures
 
@@ -22,6 +29,15 @@ pytestmark = pytest.mark.anyio
 
 PATIENT_MS = 10_000.0
 Opener = Callable[[], FeatureStore]
+
+
+def signature_of(*names: str) -> PackedSignature:
+    signature = packed_signature([Column(name, ElementType.FLOAT32) for name in names])
+    assert signature is not None
+    return signature
+
+
+ABC = signature_of("a", "b", "c")
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 # Text that a store could take for a number, a boolean, or a string in quotes.
@@ -52,18 +68,21 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", "redis", "redis_cluster", "redis_sentinel", "cache"])
 async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opener]:
     """Opens store after store on the same data."""
     opened: list[FeatureStore] = []
-    url = request.getfixturevalue("redis_url") if request.param == "redis" else ""
+    is_redis = request.param.startswith("redis")
+    url = request.getfixturevalue(f"{request.param}_url") if is_redis else ""
 
     def open_one() -> FeatureStore:
         store: FeatureStore = (
             RedisFeatures(url, PATIENT_MS, PATIENT_MS)
-            if request.param == "redis"
+            if is_redis
             else SqliteFeatures(tmp_path / "features.db")
         )
+        if request.param == "cache":
+            store = CachedFeatures(store, PATIENT_MS, 100, lambda: None, lambda: None)
         opened.append(store)
         return store
 
@@ -352,6 +371,135 @@ async def test_five_thousand_entities_in_one_write(open_store: Opener) -> None:
     assert entities["e4999"] == (await all_of(store, "e4999")).values
 
 
+def bits(answer: PackedFeatures | StoredFeatures | None, names: Iterable[str]) -> bytes | None:
+    """The row that a model would get, by numpy; None where the contract has to decide."""
+    if isinstance(answer, PackedFeatures):
+        return answer.row
+    values = [answer.values.get(name) if answer is not None else None for name in names]
+    if not {float, int}.issuperset(map(type, values)):
+        return None
+    with np.errstate(over="ignore"):
+        row = np.array(values, np.float64).astype("<f4")
+    return row.tobytes() if np.isfinite(row).all() else None
+
+
+async def test_a_row_of_numbers_is_read_packed(store: FeatureStore) -> None:
+    """It is the engine's input as it is; the numbers are rounded once, as they would be without it."""
+    await store.write({"e": {"a": 0.1, "b": 3, "c": -1e-3, "s": "rent"}}, 1_000, [ABC])
+
+    answer = await store.read_packed("e", ABC)
+
+    expected = np.array([0.1, 3, -1e-3], "<f4").tobytes()
+    assert PackedFeatures(expected, 1_000) == answer
+
+
+async def test_a_part_that_completes_the_row_packs_it(store: FeatureStore) -> None:
+    """Several pipelines each write their own features; the last one makes the row whole."""
+    await store.write({"e": {"a": 1.0, "b": 2.0}}, 1_000, [ABC])
+    await store.write({"e": {"c": 4.0}}, 2_000, [ABC])
+    await store.write({"e": {"b": 3.0}}, 3_000, [ABC])
+
+    answer = await store.read_packed("e", ABC)
+
+    assert PackedFeatures(np.array([1, 3, 4], "<f4").tobytes(), 1_000) == answer
+
+
+@pytest.mark.parametrize("change", [{"b": 3.0}, {"b": None}, {"b": "x"}, {"other": 1}, {"b": 1e300}], ids=str)
+async def test_a_writer_that_knows_no_signatures_leaves_no_old_row(
+    store: FeatureStore, change: dict[str, Scalar | None]
+) -> None:
+    """An older program, or one that cannot reach the registry, must not make a model see the past."""
+    before: dict[str, Scalar | None] = {"a": 1.0, "b": 2.0, "c": 4.0}
+    await store.write({"e": before}, 1_000, [ABC])
+    await store.read_packed("e", ABC)
+    await store.write({"e": change}, 1_000)
+
+    answer = await store.read_packed("e", ABC)
+
+    left = {name: value for name, value in (before | change).items() if value is not None}
+    assert bits(StoredFeatures(left), "abc") == bits(answer, "abc")
+
+
+@pytest.mark.parametrize("value", ["1.5", True, 1e39, -3.5e38, None], ids=str)
+async def test_what_is_no_float32_is_left_to_the_contract(store: FeatureStore, value: Scalar | None) -> None:
+    """Only the contract can say what is wrong with which feature, or what stands in for it."""
+    await store.write({"e": {"a": 1.0, "b": value, "c": 4.0}}, 1_000, [ABC])
+
+    answer = await store.read_packed("e", ABC)
+
+    assert isinstance(answer, StoredFeatures)
+    assert ("b" in answer.values) == (value is not None)
+
+
+async def test_each_signature_has_a_row_of_its_own(store: FeatureStore) -> None:
+    """Two versions of a model take other features, or the same in another order."""
+    cab = signature_of("c", "a", "b")
+    await store.write({"e": {"a": 1.0, "b": 2.0, "c": 4.0}}, 1_000, [ABC, cab])
+
+    answers = [await store.read_packed("e", signature) for signature in (ABC, cab)]
+
+    rows = [np.array(row, "<f4").tobytes() for row in ([1, 2, 4], [4, 1, 2])]
+    assert [PackedFeatures(row, 1_000) for row in rows] == answers
+
+
+async def test_an_unknown_or_forgotten_entity_has_no_row(store: FeatureStore) -> None:
+    """Forgetting a person includes what was packed of them."""
+    await store.write({"e": {"a": 1.0, "b": 2.0, "c": 4.0}}, 1_000, [ABC])
+    await store.read_packed("e", ABC)
+    await store.write({"e": dict.fromkeys("abc")}, 2_000, [ABC])
+
+    assert await store.read_packed("e", ABC) is None
+    assert await store.read_packed("never", ABC) is None
+    assert await store.read_packed("\udcff", ABC) is None
+
+
+async def test_rows_that_are_packed_later_are_found(store: FeatureStore) -> None:
+    """A store that looked in vain for a while stops looking each time, but not for ever."""
+    await store.write({f"e{n}": {"a": n, "b": 2.0, "c": 4.0} for n in range(100)}, 1_000)
+    found = [bits(await store.read_packed(f"e{n}", ABC), "abc") for n in range(100)]
+    await store.write({f"e{n}": {"a": n, "b": 2.0, "c": 4.0} for n in range(100)}, 2_000, [ABC])
+
+    found_later = [await store.read_packed(f"e{n}", ABC) for n in range(100)]
+
+    rows = [np.array([n, 2, 4], "<f4").tobytes() for n in range(100)]
+    assert rows == found
+    assert [PackedFeatures(row, 2_000) for row in rows][-1] == found_later[-1]
+
+
+merges = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.one_of(
+        st.none(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.floats(width=32, allow_nan=False, allow_infinity=False),
+        st.integers(-(2**63), 2**63 - 1),
+        st.sampled_from([0.0, -0.0, 3.4028234e38, 3.4028236e38, 1e-45, 7e-46, "12", True, "x"]),
+    ),
+    max_size=4,
+)
+
+
+@on_one_store
+@given(steps=st.lists(st.tuples(merges, st.booleans()), min_size=1, max_size=8))
+async def test_packed_and_single_reads_give_the_same_bits_after_any_merges(
+    store: FeatureStore, steps: list[tuple[dict[str, Scalar | None], bool]]
+) -> None:
+    """Whether a row was packed must never be seen in an answer."""
+    entity_id = next(fresh_entity)
+    # With a digest of its own, the store has not looked in vain for its rows yet.
+    signature = PackedSignature(entity_id, ABC.types)
+    for at_ms, (features, is_told) in enumerate(steps, 1_000):
+        await store.write({entity_id: features}, at_ms, [signature] if is_told else [])
+
+        packed = await store.read_packed(entity_id, signature)
+        single = await store.read(entity_id, ABC.types)
+
+        assert (single is None) == (packed is None)
+        assert bits(single, "abc") == bits(packed, "abc")
+        if single is not None and packed is not None:
+            assert single.updated_at_ms == packed.updated_at_ms
+
+
 async def test_check_returns_while_the_store_answers(store: FeatureStore) -> None:
     """Readiness asks it."""
     await store.check()
@@ -365,6 +513,7 @@ async def test_a_closed_store_says_that_it_is_unavailable(store: FeatureStore) -
     for refused in (
         store.read("e", {"a": FeatureType.INTEGER}),
         store.read_all("e"),
+        store.read_packed("e", ABC),
         store.write({"e": {"a": 2}}, 2_000),
         store.check(),
     ):

@@ -1,19 +1,41 @@
 """The Redis adapter with Redis failing in every way, and with what other systems write there."""
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from proxy import FaultProxy
-from servers import HOST, RedisServer, free_port
+from redis.crc import key_slot
+from servers import (
+    HOST,
+    RedisCluster,
+    RedisSentinel,
+    RedisServer,
+    SecuredRedisServer,
+    ask_redis,
+    free_port,
+)
 
 from phoenix_ml.domain.errors import FeatureInvalid, FeatureStoreUnavailable, Misconfigured
-from phoenix_ml.domain.features import FeatureType, StoredFeatures
-from phoenix_ml.domain.rows import Scalar
+from phoenix_ml.domain.features import (
+    FeatureType,
+    PackedFeatures,
+    PackedSignature,
+    StoredFeatures,
+    packed_signature,
+)
+from phoenix_ml.domain.rows import Column, ElementType, Scalar
 from phoenix_ml.infrastructure.features.redis import RedisFeatures
+from phoenix_ml.infrastructure.features.redis_roads import slot_of
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +52,7 @@ ALL_TYPES = {
 }
 
 Opener = Callable[..., RedisFeatures]
+numbers = count()
 
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
@@ -251,6 +274,380 @@ async def test_writes_go_on_when_redis_forgets_its_scripts(
     await store.write({"e": {"n": 2}}, 2_000)
 
     assert (await read(store, "e", INTEGER)).values == {"n": 2}
+
+
+# Packed rows
+
+FIRST_ROW = {"a": 0.5, "b": 0.25}
+ROW = packed_signature([Column(name, ElementType.FLOAT32) for name in FIRST_ROW]) or PackedSignature("", {})
+texts_of_others = st.one_of(
+    st.floats(allow_nan=False).map(repr),
+    st.integers().map(str),
+    st.from_regex(r"\s?[-+]?[0-9_]{0,30}\.?[0-9]{0,30}([eE][-+]?[0-9]{1,3})?\s?", fullmatch=True),
+    st.sampled_from(
+        ["nan", "inf", "-0", "-0.0", "0x10", "1,2", "[1]", "1e999", "1e-400", "007", "true", '"1"']
+    ),
+)
+
+
+async def test_the_packed_row_is_a_field_that_others_can_read(store: RedisFeatures, redis_url: str) -> None:
+    """The layout is an interface, and this is the form that the reference describes."""
+    await store.write({"e": {"a": 0.1, "b": -2}}, 1_795_390_242_756, [ROW])
+
+    packed = ask_redis(redis_url, "HGET", "features:e", f"_packed:{ROW.digest}")
+
+    assert struct.pack("<q2f", 1_795_390_242_756, 0.1, -2.0) == packed
+
+
+@pytest.mark.parametrize(
+    "written", [{"a": "7", "_updated_at": "1001"}, {"a": "7", "_updated_at": "gone"}], ids=str
+)
+async def test_a_writer_that_dates_what_it_changes_is_believed(
+    store: RedisFeatures, client: "redis.Redis", written: dict[Any, Any]
+) -> None:
+    """Other systems know nothing of packed rows; the date they write makes the row untrue."""
+    await store.write({"e": FIRST_ROW}, 1_000, [ROW])
+    client.hset("features:e", mapping=written)
+
+    answer = await store.read_packed("e", ROW)
+
+    assert isinstance(answer, PackedFeatures)
+    assert answer.row == struct.pack("<2f", 7.0, 0.25)
+
+
+async def test_a_row_of_another_length_is_not_used(store: RedisFeatures, client: "redis.Redis") -> None:
+    """Whatever stands in that field, the engine gets as many values as it takes."""
+    await store.write({"e": FIRST_ROW}, 1_000)
+    client.hset("features:e", f"_packed:{ROW.digest}", struct.pack("<q3f", 1_000, 1, 2, 3))
+
+    assert await store.read_packed("e", ROW) == PackedFeatures(struct.pack("<2f", 0.5, 0.25), 1_000)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.dictionaries(
+                st.sampled_from("abc"), st.none() | st.floats(-1e30, 1e30) | st.integers(-99, 99)
+            ),
+            st.tuples(st.sampled_from("abc"), texts_of_others),
+            st.sampled_from(["del", "hdel"]),
+        ),
+        max_size=10,
+    )
+)
+async def test_whoever_writes_packed_and_single_reads_give_the_same_bits(
+    store: RedisFeatures, client: "redis.Redis", steps: list[Any]
+) -> None:
+    """Merges of ours mix with pipelines that set fields and dates; no order of them may show in an answer."""
+    entity_id = f"e{next(numbers)}"
+    signature = PackedSignature(entity_id, ROW.types)
+    for at_ms, step in enumerate(steps, 1_000):
+        if isinstance(step, dict):
+            await store.write({entity_id: step}, at_ms, [signature])
+        elif step == "del":
+            client.delete(f"features:{entity_id}")
+        else:
+            name, text = step if isinstance(step, tuple) else ("a", None)
+            with client.pipeline() as pipe:
+                pipe.hset(f"features:{entity_id}", "_updated_at", at_ms)
+                pipe.hdel(f"features:{entity_id}", name)
+                if text is not None:
+                    pipe.hset(f"features:{entity_id}", name, text)
+                pipe.execute()
+
+        packed = await store.read_packed(entity_id, signature)
+        single = await store.read(entity_id, ROW.types)
+
+        if isinstance(packed, PackedFeatures):
+            assert single is not None
+            assert struct.pack("<2f", *(single.values[name] for name in ROW.types)) == packed.row
+            assert single.updated_at_ms == packed.updated_at_ms
+        else:
+            assert (single is None) == (packed is None)
+            if single is not None and packed is not None:
+                assert repr(single.values) == repr(packed.values)
+                assert single.updated_at_ms == packed.updated_at_ms
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(texts_of_others, min_size=1, max_size=5))
+async def test_rows_of_numbers_read_as_each_number_by_itself(
+    store: RedisFeatures, client: "redis.Redis", texts: list[str]
+) -> None:
+    """Rows are decoded as one list, which no text may shift, split or round in another way."""
+    entity_id = f"e{next(numbers)}"
+    client.hset(f"features:{entity_id}", mapping={f"f{n}": text for n, text in enumerate(texts)})
+    types = {f"f{n}": FeatureType.FLOAT for n in range(len(texts))}
+
+    together = await read(store, entity_id, types)
+
+    alone = {
+        name: value
+        for name in types
+        for value in (
+            await read(store, entity_id, {name: FeatureType.FLOAT, "none": FeatureType.STRING})
+        ).values.values()
+    }
+    assert {name: repr(value) for name, value in alone.items()} == {
+        name: repr(value) for name, value in together.values.items()
+    }
+    for name, text in zip(types, texts, strict=True):
+        if isinstance(alone.get(name), float):
+            assert repr(float(text)) == repr(alone[name])
+
+
+# The lane
+
+
+async def test_a_read_needs_no_task_around_it(store: RedisFeatures) -> None:
+    """The hot lane drives its coroutines by hand: between it and the store there is one plain future."""
+    await store.write({"e": {"n": 1}}, 1_000)
+    await store.check()
+    reading = store.read("e", INTEGER)
+    loop = asyncio.get_running_loop()
+    awaited: list[asyncio.Future[Any]] = []
+    answer = loop.create_future()
+
+    def drive() -> None:
+        try:
+            awaited.append(reading.send(None))
+        except StopIteration as end:
+            answer.set_result(end.value)
+        else:
+            awaited[-1].add_done_callback(lambda _: drive())
+
+    loop.call_soon(drive)
+
+    assert StoredFeatures({"n": 1}, 1_000) == await answer
+    assert len(awaited) == 1
+
+
+class Scripted:
+    """A server that keeps what it was sent, chunk by chunk, and says what it is told to."""
+
+    def __init__(self, *answers: bytes | None) -> None:
+        self.chunks: list[bytes] = []
+        self.connections = 0
+        self._answers = list(answers)
+        self._writers: list[asyncio.StreamWriter] = []
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[str]:
+        """Its URL, for as long as it listens."""
+        port = free_port()
+        async with await asyncio.start_server(self._answer, HOST, port):
+            yield f"redis://{HOST}:{port}"
+            for writer in self._writers:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.append(writer)
+        while chunk := await reader.read(1_000_000):
+            self.chunks.append(chunk)
+            answer = self._answers.pop(0)
+            if answer is None:
+                break
+            writer.write(answer)
+        writer.close()
+
+
+async def test_reads_of_one_tick_leave_in_one_write(open_store: Opener) -> None:
+    """A write is a system call of several microseconds, more than all the rest of a read."""
+    server = Scripted(b"+PONG\r\n", b"*3\r\n$1\r\n7\r\n$-1\r\n$-1\r\n" * 64)
+    async with server.serve() as url:
+        store = open_store(url)
+        await store.check()
+
+        found = await asyncio.gather(*(store.read(f"e{n}", INTEGER) for n in range(64)))
+
+    assert [StoredFeatures({"n": 7})] * 64 == found
+    assert server.chunks[1].count(b"HMGET") == 64
+
+
+async def test_what_a_lost_connection_leaves_unanswered_is_asked_again(open_store: Opener) -> None:
+    """Redis closes connections at will; callers in flight get their own answers over the next one."""
+    server = Scripted(
+        b"*3\r\n$1\r\n0\r\n$-1\r\n$-1\r\n",
+        b"*3\r\n$1\r\n1\r\n$-1\r\n$-1\r\n*3\r\n$1",
+        None,
+        b"*3\r\n$1\r\n2\r\n$-1\r\n$-1\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n",
+    )
+    async with server.serve() as url:
+        store = open_store(url)
+        await store.read("e0", INTEGER)
+        reads = [asyncio.create_task(store.read(f"e{n}", INTEGER)) for n in (1, 2)]
+        first = await reads[0]
+
+        reads.append(asyncio.create_task(store.read("e3", INTEGER)))
+        found = [first, *await asyncio.gather(*reads[1:])]
+
+    assert [StoredFeatures({"n": n}) for n in (1, 2, 3)] == found
+    assert server.connections == 2
+    assert (server.chunks[3].count(b"features:e2"), server.chunks[3].count(b"features:e3")) == (1, 1)
+
+
+async def test_an_answer_that_nobody_asked_for_ends_the_connection(open_store: Opener) -> None:
+    """From then on nobody could tell whose the answers are."""
+    answer = b"*3\r\n$1\r\n7\r\n$-1\r\n$-1\r\n"
+    server = Scripted(answer + b"*3\r\n$3\r\n666\r\n$-1\r\n$-1\r\n", b"+PONG\r\n", answer)
+    async with server.serve() as url:
+        store = open_store(url, SHORT_MS)
+        found = [await recovered(store), await recovered(store)]
+
+    assert [StoredFeatures({"n": 7})] * 2 == found
+    assert server.connections == 2
+
+
+async def test_the_url_logs_in_chooses_the_database_and_names_the_client(
+    open_store: Opener, redis_server: RedisServer, redis_url: str
+) -> None:
+    """What redis-py's users put into a URL works here too."""
+    ask_redis(redis_server.url, "ACL", "SETUSER", "ann", "on", ">p@ss", "~*", "+@all")
+    login = f"redis://ann:p%40ss@{HOST}:{redis_server.port}/3?client_name=phoenix"
+    store = open_store(login)
+
+    await store.write({"e": {"n": 1}}, 1_000)
+
+    clients = ask_redis(redis_server.url, "CLIENT", "LIST").decode().splitlines()
+    ours = [line for line in clients if "name=phoenix" in line]
+    assert ours
+    assert all("user=ann" in line and " db=3 " in line for line in ours)
+    assert ask_redis(f"redis://{HOST}:{redis_server.port}/3", "HGET", "features:e", "n") == b"1"
+    ask_redis(f"redis://{HOST}:{redis_server.port}/3", "FLUSHDB")
+
+
+async def test_redis_over_tls_and_over_a_socket_file(open_store: Opener, tmp_path: Path) -> None:
+    """Both are what a URL can say; a certificate that nobody vouches for is refused."""
+    with SecuredRedisServer(tmp_path) as server:
+        tls = f"rediss://{HOST}:{server.tls_port}"
+        stores = [
+            open_store(f"{tls}?ssl_ca_certs={server.certificate}"),
+            open_store(f"unix://{server.socket}"),
+        ]
+        await stores[0].write({"e": {"n": 1}}, 1_000)
+
+        found = [await read(store, "e", INTEGER) for store in stores]
+        with pytest.raises(FeatureStoreUnavailable, match=r"(?i)certificate"):
+            await open_store(tls).check()
+        for store in stores:
+            await store.close()
+
+    assert [stored.values for stored in found] == [{"n": 1}] * 2
+
+
+# Sentinels and clusters
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_a_failover_needs_nobody(
+    open_store: Opener, redis_sentinel_url: str, redis_sentinel: RedisSentinel, fault: str
+) -> None:
+    """The sentinels make the replica the master; reads and writes go there, without a restart of ours."""
+    store = open_store(redis_sentinel_url, SHORT_MS)
+    master = redis_sentinel.master()
+    await store.write({"e": {"n": 1}}, 1_000)
+    await asyncio.to_thread(ask_redis, master.url, "WAIT", 1, 10_000)
+    await store.check()
+    await asyncio.to_thread(getattr(master, fault))
+
+    with pytest.raises(FeatureStoreUnavailable, match=redis_sentinel.SERVICE):
+        await store.read("e", INTEGER)
+    stored = await recovered(store)
+    await store.write({"e": {"n": 2}}, 2_000)
+
+    assert stored is not None
+    assert stored.values == {"n": 1}
+    assert (await read(store, "e", INTEGER)).values == {"n": 2}
+    assert master is not redis_sentinel.master()
+
+
+async def test_sentinels_that_know_no_such_service_are_named(
+    open_store: Opener, redis_sentinel_url: str
+) -> None:
+    """A typing error in the service's name must not look like a network that is down."""
+    store = open_store(redis_sentinel_url.replace("/features", "/feature"))
+
+    with pytest.raises(FeatureStoreUnavailable, match="knows no service 'feature'"):
+        await store.read("e", INTEGER)
+
+
+def node_of(cluster: RedisCluster, entity_id: str) -> int:
+    """The position of the node that has the entity, as the first node tells it."""
+    slot = ask_redis(cluster.nodes[0].url, "CLUSTER", "KEYSLOT", f"features:{entity_id}")
+    ranges = ask_redis(cluster.nodes[0].url, "CLUSTER", "SLOTS")
+    (port,) = [master[1] for first, last, master, *_ in ranges if first <= slot <= last]
+    return [node.port for node in cluster.nodes].index(port)
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_a_node_that_fails_costs_its_own_entities_alone(
+    open_store: Opener, redis_cluster_url: str, redis_cluster: RedisCluster, fault: str
+) -> None:
+    """A third of the predictions fall back on their requests; the others notice nothing."""
+    store = open_store(redis_cluster_url, SHORT_MS)
+    one_each = {node_of(redis_cluster, f"e{n}"): f"e{n}" for n in range(50)}
+    await store.write({entity_id: {"n": node} for node, entity_id in one_each.items()}, 1_000)
+    await store.check(patience_s=5.0)
+    await asyncio.to_thread(getattr(redis_cluster.nodes[2], fault))
+
+    with pytest.raises(FeatureStoreUnavailable):
+        await store.read(one_each[2], INTEGER)
+    others = [(await read(store, one_each[node], INTEGER)).values for node in (0, 1)]
+    with pytest.raises(FeatureStoreUnavailable):
+        await store.check()
+    await asyncio.to_thread(redis_cluster.start)
+    give_up_at = time.monotonic() + RECOVERY_DEADLINE_S
+    back = None
+    while back is None and time.monotonic() < give_up_at:
+        with suppress(FeatureStoreUnavailable):
+            await store.write({one_each[2]: {"n": 5}}, 2_000)
+            back = await store.read(one_each[2], INTEGER)
+        await asyncio.sleep(0.01)
+
+    assert others == [{"n": 0}, {"n": 1}]
+    assert back is not None
+    assert back.values == {"n": 5}
+
+
+async def test_a_slot_that_moves_is_followed(
+    open_store: Opener, redis_cluster_url: str, redis_cluster: RedisCluster
+) -> None:
+    """Clusters are resized while they serve: before, during and after the move the answer is the same."""
+    store = open_store(redis_cluster_url)
+    await store.write({"{x}e": {"n": 1}, "{x}stays": {"n": 2}}, 1_000)
+    slot = ask_redis(redis_cluster.nodes[0].url, "CLUSTER", "KEYSLOT", "features:{x}e")
+    source = redis_cluster.nodes[node_of(redis_cluster, "{x}e")]
+    target = next(node for node in redis_cluster.nodes if node is not source)
+    ids = {node.port: ask_redis(node.url, "CLUSTER", "MYID") for node in (source, target)}
+
+    found = [await read(store, "{x}e", INTEGER)]
+    ask_redis(target.url, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
+    ask_redis(source.url, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+    ask_redis(source.url, "MIGRATE", HOST, target.port, "features:{x}e", 0, 5_000)
+    found += [await read(store, "{x}e", INTEGER)]
+    await store.write({"{x}e": {"n": 1}}, 2_000)
+    stays = await read(store, "{x}stays", INTEGER)
+    ask_redis(source.url, "MIGRATE", HOST, target.port, "features:{x}stays", 0, 5_000)
+    for node in (target, source):
+        ask_redis(node.url, "CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+    found += [await read(store, "{x}e", INTEGER) for _ in range(3)]
+    await store.write({"{x}e": {"n": 3}}, 3_000)
+
+    assert [stored.values for stored in found] == [{"n": 1}] * 5
+    assert stays.values == {"n": 2}
+    assert (await read(store, "{x}e", INTEGER)).values == {"n": 3}
+
+
+@given(key=st.text(st.sampled_from("a{}é"), max_size=8))
+def test_keys_are_looked_for_where_the_cluster_has_them(key: str) -> None:
+    """The rule of the braces is the cluster's own; redis-py is the oracle."""
+    encoded = f"features:{key}".encode()
+
+    assert key_slot(encoded) == slot_of(encoded)
 
 
 # Failures
@@ -523,7 +920,20 @@ async def test_closing_while_redis_is_down_ends_the_background_task(open_store: 
     assert asyncio.all_tasks() <= {task for task in asyncio.all_tasks() if "_recover" not in repr(task)}
 
 
-@pytest.mark.parametrize("url", ["http://localhost", "redis://localhost:port", "redis://localhost/0?db=x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost",
+        "redis://localhost:port",
+        "redis://localhost/0?db=x",
+        "redis+sentinel://localhost",
+        "redis+sentinel://localhost/s?sentinel_pasword=x",
+        "redis+sentinel:///service",
+        "redis+cluster://localhost/1",
+        "redis+cluster://localhost,",
+        "redis+magic://localhost",
+    ],
+)
 async def test_a_url_that_names_no_redis_is_a_misconfiguration(open_store: Opener, url: str) -> None:
     """It is said at the start, not at the first prediction."""
     with pytest.raises(Misconfigured):

@@ -346,7 +346,7 @@ def test_pipelined_requests_are_answered_in_order(server: PhoenixServer) -> None
 @pytest.fixture(scope="module")
 def module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
     folder = tmp_path_factory.mktemp("troubled")
-    server = PhoenixServer(folder, journal_limit_bytes=64 * 1024, journal_segment_bytes=4096)
+    server = PhoenixServer(folder, journal_limit_bytes=256 * 1024, journal_segment_bytes=4096)
     server.register(zoo.linear(folder / "abc.onnx", [1, 2, 3]), "abc", "1.0.0")
     server.register(zoo.slow(folder / "slow.onnx"), "slow", "1.0.0")
     yield server

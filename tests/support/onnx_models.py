@@ -73,6 +73,24 @@ def binary_classifier(width: int = 3, *, bias: float = 0.25) -> bytes:
     return _model(nodes, [_value("x", FLOAT, ("n", width))], outputs, initializers)
 
 
+def network_classifier(width: int = 30, *, hidden: int = 64) -> bytes:
+    """A network with one hidden layer and random weights: sums long enough that their order shows in the bits."""
+    random = np.random.default_rng(11)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h0"]),
+        helper.make_node("Relu", ["h0"], ["h"]),
+        helper.make_node("MatMul", ["h", "w2"], ["z"]),
+        helper.make_node("Softmax", ["z"], ["probabilities"], axis=1),
+        helper.make_node("ArgMax", ["probabilities"], ["label"], axis=1, keepdims=0),
+    ]
+    initializers = {
+        "w1": random.normal(size=(width, hidden)).astype(np.float32),
+        "w2": (random.normal(size=(hidden, 3)) / hidden).astype(np.float32),
+    }
+    outputs = [_value("label", INT64, ("n",)), _value("probabilities", FLOAT, ("n", 3))]
+    return _model(nodes, [_value("x", FLOAT, ("n", width))], outputs, initializers)
+
+
 def label_only_classifier(width: int = 3) -> bytes:
     """``label`` int64 [N]: the position of the row's greatest value; no probabilities."""
     nodes = [helper.make_node("ArgMax", ["x"], ["label"], axis=1, keepdims=0)]
@@ -253,6 +271,62 @@ def total_of_all_rows(width: int = 2) -> bytes:
     ]
     inputs = [_value("x", FLOAT, ("n", width))]
     return _model(nodes, inputs, [_value("y", FLOAT, (None,))], {"one": np.array([1])})
+
+
+def batch_mean_removed(width: int = 2) -> bytes:
+    """``y = sum of (x - the mean of all rows)``: what a row gets depends on the rows beside it."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["centred"]),
+        helper.make_node("ReduceSum", ["centred", "axes"], ["y"], keepdims=1),
+    ]
+    inputs = [_value("x", FLOAT, ("n", width))]
+    return _model(nodes, inputs, [_value("y", FLOAT, ("n", 1))], {"axes": np.array([1])})
+
+
+def one_row_inside(width: int = 2) -> bytes:
+    """``y = sum of x``, for one row only: the graph does not say so, but a reshape in it has room for one."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "one_row"], ["row"]),
+        helper.make_node("ReduceSum", ["row", "axes"], ["y"], keepdims=1),
+    ]
+    initializers = {"one_row": np.array([1, width]), "axes": np.array([1])}
+    return _model(nodes, [_value("x", FLOAT, ("n", width))], [_value("y", FLOAT, ("n", 1))], initializers)
+
+
+def positive_columns(width: int = 3) -> bytes:
+    """``y`` has those columns of ``x`` in which any row is above zero: its width differs from run to run."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["greatest"], axes=[0], keepdims=0),
+        helper.make_node("Greater", ["greatest", "zero"], ["wanted"]),
+        helper.make_node("Compress", ["x", "wanted"], ["y"], axis=1),
+    ]
+    inputs = [_value("x", FLOAT, ("n", width))]
+    return _model(nodes, inputs, [_value("y", FLOAT, ("n", None))], {"zero": np.zeros(1, np.float32)})
+
+
+def unchanged(width: int = 3) -> bytes:
+    """``y = x``: the output is the input's own memory, unless the runtime copies it."""
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    return _model(nodes, [_value("x", FLOAT, ("n", width))], [_value("y", FLOAT, ("n", width))])
+
+
+def probabilities_of_all_rows(width: int = 2) -> bytes:
+    """A label a row, and one row of probabilities whatever the number of rows."""
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["label"], axis=1, keepdims=0),
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Softmax", ["mean"], ["probabilities"], axis=1),
+    ]
+    outputs = [_value("label", INT64, ("n",)), _value("probabilities", FLOAT, (None, width))]
+    return _model(nodes, [_value("x", FLOAT, ("n", width))], outputs)
+
+
+def constant_answer() -> bytes:
+    """Answers 7.0 to one row, whatever it is: the output is a constant of the graph."""
+    nodes = [helper.make_node("Identity", ["seven"], ["y"]), helper.make_node("Identity", ["x"], ["unused"])]
+    inputs = [_value("x", FLOAT, ("n", 2))]
+    return _model(nodes, inputs, [_value("y", FLOAT, (1,))], {"seven": np.array([7], np.float32)})
 
 
 def three_dimensional_input() -> bytes:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -245,6 +245,158 @@ class RedisServer(Server):
             return False
 
 
+class RedisClusterNode(RedisServer):
+    """A node of a cluster; it knows its slots and the others again when it was killed and started."""
+
+    name = "Redis-cluster-node"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bus_port = free_port()
+
+    def _command(self, folder: Path) -> list[str]:
+        options = ["--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)]
+        options += ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"]
+        return [*super()._command(folder), *options]
+
+
+class RedisCluster:
+    """Three masters that share the slots between them."""
+
+    def __init__(self) -> None:
+        self.nodes = [RedisClusterNode() for _ in range(3)]
+        self._running = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """Where clients reach the first two; they find the third."""
+        return f"redis+cluster://{','.join(f'{HOST}:{node.port}' for node in self.nodes[:2])}"
+
+    def start(self) -> None:
+        """Return when every node answers, and knows that all slots are served."""
+        for node in self.nodes:
+            node.start()
+        wait_until(lambda: all(map(_serves_all_slots, self.nodes)), START_DEADLINE_S, "all slots are served")
+
+    def empty(self) -> None:
+        """Remove every key."""
+        for node in self.nodes:
+            empty_redis(node.url)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            shares = [(0, 5_500), (5_501, 11_000), (11_001, 16_383)]
+            for epoch, (node, (first, last)) in enumerate(zip(self.nodes, shares, strict=True), 1):
+                stack.enter_context(node)
+                ask_redis(node.url, "CLUSTER", "ADDSLOTSRANGE", first, last)
+                ask_redis(node.url, "CLUSTER", "SET-CONFIG-EPOCH", epoch)
+            met = self.nodes[0]
+            for node in self.nodes[1:]:
+                ask_redis(node.url, "CLUSTER", "MEET", HOST, met.port, met.bus_port)
+            self.start()
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.close()
+
+
+class SecuredRedisServer(RedisServer):
+    """One that also listens with TLS, and on a socket file; certificate and socket lie in the folder given."""
+
+    name = "Redis-secured"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.tls_port = free_port()
+        self.certificate = folder / "certificate.pem"
+        self.socket = folder / "redis.sock"
+
+    def _command(self, folder: Path) -> list[str]:
+        self.certificate.write_text(_self_signed())
+        pem = str(self.certificate)
+        tls = ["--tls-port", str(self.tls_port), "--tls-cert-file", pem, "--tls-key-file", pem]
+        tls += ["--tls-ca-cert-file", pem, "--tls-auth-clients", "no"]
+        return [*super()._command(folder), *tls, "--unixsocket", str(self.socket)]
+
+
+class RedisReplica(RedisServer):
+    """A server that copies another one until sentinels make it the master."""
+
+    name = "Redis-replica"
+
+    def __init__(self, master: RedisServer) -> None:
+        super().__init__()
+        self._master = master
+
+    def _command(self, folder: Path) -> list[str]:
+        return [*super()._command(folder), "--replicaof", HOST, str(self._master.port)]
+
+
+class RedisSentinel(RedisServer):
+    """A sentinel that decides alone, over two servers: one is the master, the other follows it."""
+
+    name = "Redis-sentinel"
+    SERVICE = "features"
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = RedisServer()
+        self.servers = [first, RedisReplica(first)]
+        self._dead_sentinel = free_port()
+
+    @property
+    def url(self) -> str:
+        """Where clients ask for the master; of the two sentinels that they are told of one is down."""
+        return f"redis+sentinel://{HOST}:{self._dead_sentinel},{HOST}:{self.port}/{self.SERVICE}"
+
+    def master(self) -> RedisServer:
+        """Who is the master now."""
+        found = ask_redis(f"redis://{HOST}:{self.port}", "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.SERVICE)
+        return next(server for server in self.servers if server.port == int(found[1]))
+
+    def start(self) -> None:
+        """Return when both servers and the sentinel answer, and a failover could be made."""
+        for server in self.servers:
+            server.start()
+        super().start()
+        master = self.master()
+        for server in self.servers:
+            # Sentinels do so, too, after 10 s.
+            if server is not master:
+                ask_redis(server.url, "REPLICAOF", HOST, master.port)
+        wait_until(self._has_replica, START_DEADLINE_S, "one server follows the other")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for server in self.servers:
+            server.__exit__(kind, error, trace)
+
+    def _command(self, folder: Path) -> list[str]:
+        config = folder / "sentinel.conf"
+        if not config.exists():
+            master = f"{self.SERVICE} {HOST} {self.servers[0].port} 1"
+            config.write_text(
+                f"sentinel monitor {master}\n"
+                f"sentinel down-after-milliseconds {self.SERVICE} 500\n"
+                f"sentinel failover-timeout {self.SERVICE} 2000\n"
+            )
+        tied, program = _tied_to_this_run(), super()._command(folder)[len(_tied_to_this_run())]
+        return [*tied, program, str(config), "--sentinel", "--port", str(self.port), "--bind", HOST]
+
+    def _has_replica(self) -> bool:
+        import redis
+
+        with redis.Redis(HOST, self.port) as client:
+            replicas = client.sentinel_slaves(self.SERVICE)
+        is_known = any(not r["is_sdown"] and not r["is_disconnected"] for r in replicas)
+        return is_known and b"state=online" in ask_redis(self.master().url, "INFO", "replication")
+
+
 class PostgresServer(Server):
     """A PostgreSQL server of its own; committed data survives kill() and start()."""
 
@@ -418,6 +570,15 @@ def empty_redis(url: str) -> None:
         client.flushdb()
 
 
+def ask_redis(url: str, *command: str | int) -> Any:
+    """What the server that the URL names answers, as bytes and lists."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        client.response_callbacks.clear()
+        return client.execute_command(*command)
+
+
 def count_redis_keys(url: str) -> int:
     """How many keys the database that the URL names holds."""
     import redis
@@ -494,6 +655,11 @@ def _postgres_programs() -> Path:
 def _postgres_user() -> str | None:
     """The user to become, as PostgreSQL refuses to run as root."""
     return "postgres" if os.geteuid() == 0 else None
+
+
+def _serves_all_slots(node: RedisClusterNode) -> bool:
+    facts = ask_redis(node.url, "CLUSTER", "INFO")
+    return b"cluster_state:ok" in facts and b"cluster_slots_ok:16384" in facts
 
 
 def _java() -> list[str]:

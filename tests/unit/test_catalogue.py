@@ -38,9 +38,9 @@ from phoenix_ml.domain.errors import (
     VersionUnknown,
 )
 from phoenix_ml.domain.features import FeatureRule, FeatureType
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task
+from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
-from phoenix_ml.domain.rows import Rows, Scalar
+from phoenix_ml.domain.rows import Outputs, Rows, Scalar
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
 from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
 from phoenix_ml.infrastructure.sql.database import Database
@@ -209,7 +209,8 @@ REFUSED: list[tuple[bytes, dict[str, Any], str]] = [
     (onnx_models.three_dimensional_input(), {}, "a tabular input is [rows]"),
     (onnx_models.no_inputs(), {}, "takes no inputs"),
     (onnx_models.total_of_all_rows(), {}, "1 results for 2 rows"),
-    (onnx_models.multi_label_classifier(3), {}, "6 results for 2 rows"),
+    (onnx_models.probabilities_of_all_rows(), {}, "1 probabilities for 2 rows"),
+    (onnx_models.multi_label_classifier(3), {}, "3 results for 1 row;"),
     (onnx_models.strict_one_hot_model(), {}, "Unknown Category and zeros = 0.; give --reference"),
     (onnx_models.linear_regressor(2), {"task": "clustering"}, "is not known"),
     (
@@ -1093,6 +1094,115 @@ def test_another_process_learns_of_a_change_by_the_revision(platform: Platform) 
         assert not other.refresh()
 
 
+# --- whether rows may run together -----------------------------------------------------------------------
+
+INDEPENDENT = [
+    onnx_models.linear_regressor(3),
+    onnx_models.double_regressor(2),
+    onnx_models.multi_output_regressor(3),
+    onnx_models.binary_classifier(3),
+    onnx_models.network_classifier(30),
+    onnx_models.label_only_classifier(3),
+    onnx_models.zipmap_classifier(("z", "m", "a")),
+    onnx_models.column_model(),
+    onnx_models.mixed_width_model(),
+    onnx_models.bool_tensor_model(3),
+    onnx_models.gather_model(4),
+    onnx_models.slow_model(2, loops=2),
+]
+DEPENDENT = {
+    "the mean of the batch is taken off": onnx_models.batch_mean_removed(2),
+    "its input has room for one row": onnx_models.fixed_batch(1),
+    "a reshape inside has room for one row": onnx_models.one_row_inside(2),
+    "its width depends on all rows": onnx_models.positive_columns(3),
+    "whatever the row, it answers alike and only one row was seen": onnx_models.string_tensor_model(2),
+}
+
+
+@pytest.mark.parametrize("model", INDEPENDENT)
+def test_a_model_that_answers_each_row_alike_alone_and_in_a_batch_is_said_to(
+    platform: Platform, model: bytes
+) -> None:
+    """Only of such a model may rows of several callers share a run; the verdict is kept with the version."""
+    platform.register(model)
+    assert platform.registry.get("risk", "1.0.0").metadata.row_independent is True
+
+
+@pytest.mark.parametrize("model", DEPENDENT.values(), ids=DEPENDENT)
+def test_a_model_whose_rows_are_not_seen_to_be_independent_is_never_batched(
+    platform: Platform, model: bytes
+) -> None:
+    """Else one caller's values would change another's answer, or one caller's request would fail another's."""
+    version = platform.register(model, activate=True)
+    platform.live.refresh()
+    served = platform.served()
+    assert version.metadata.row_independent is False
+    assert (served.batches, served.batch_rows_limit) == (False, 1)
+    assert served.further_row_s == served.first_row_s
+
+
+def test_rows_of_the_reference_show_what_plain_rows_cannot(platform: Platform) -> None:
+    """An encoder refuses most made-up texts: with real ones its rows are seen to be independent."""
+    reference = {"city": ["Oslo", "Lima", "Lima", "Oslo"]}
+    version = platform.register(onnx_models.strict_one_hot_model(), reference=reference)
+    assert version.metadata.row_independent is True
+
+
+def test_the_verdict_is_the_same_each_time(platform: Platform) -> None:
+    """Two installations that register the same file must not serve it differently."""
+    verdicts = [
+        platform.register(model, f"1.{i}.{j}").metadata.row_independent
+        for i, model in enumerate([onnx_models.binary_classifier(30), onnx_models.batch_mean_removed(30)])
+        for j in range(3)
+    ]
+    assert verdicts == [True] * 3 + [False] * 3
+
+
+def test_metadata_without_a_verdict_means_no_batches() -> None:
+    """A version that was registered before there was one was never checked."""
+    stored = Metadata(Signature((), ()), (), {}, Task.REGRESSION, row_independent=True)
+    document = msgspec.to_builtins(stored)
+    del document["row_independent"]
+    assert msgspec.convert(document, Metadata).row_independent is False
+
+
+class Paced:
+    """An engine that takes its time by a clock of the test's own: so long for a run, so long for each row."""
+
+    def __init__(self, run_s: float, row_s: float) -> None:
+        self.run_s = run_s
+        self.row_s = row_s
+        self.now_s = 0.0
+
+    def run(self, rows: Rows) -> Outputs:
+        self.now_s += self.run_s + self.row_s * len(rows)
+        return Outputs([0.0] * len(rows))
+
+
+@pytest.mark.parametrize(
+    ("run_us", "row_us", "batches", "limit"),
+    [
+        (4.0, 1.0, True, 64),  # a row 5 alone, 1.25 in a batch
+        (4.0, 20.0, True, 24),  # 24 rows take 484, 25 would take 504
+        (0.0, 30.0, False, 1),  # a batch saves nothing
+        (2.0, 30.0, False, 1),  # 32 alone, 30.1 in a batch: 6 % less
+        (4.0, 30.0, True, 16),  # 34 alone, 30.25 in a batch: 11 % less; 17 rows would take 514
+        (900.0, 1.0, True, 64),  # no run is short enough for the loop, so nothing bounds its rows
+        (300.0, 199.0, False, 1),  # one row is just short enough, two are not
+    ],
+)
+def test_versions_batch_where_a_row_costs_clearly_less_in_a_batch(
+    platform: Platform, run_us: float, row_us: float, batches: bool, limit: int
+) -> None:
+    """Waiting for each other must pay, and no run may hold up the event loop for long."""
+    version = platform.register(onnx_models.linear_regressor(2))
+    engine = Paced(run_us / 1e6, row_us / 1e6)
+    served = ServedVersion(version, engine, lambda: engine.now_s)
+    assert served.first_row_s * 1e6 == pytest.approx(run_us + row_us)
+    assert served.further_row_s * 1e6 == pytest.approx(row_us)
+    assert (served.batches, served.batch_rows_limit) == (batches, limit)
+
+
 # --- where a run happens ---------------------------------------------------------------------------------
 
 
@@ -1106,7 +1216,7 @@ def test_a_fast_model_runs_on_the_event_loop(platform: Platform) -> None:
     assert served.runs_inline(1)
     outputs = asyncio.run(served.run(Rows([[1.0, 1.0]], [served.format.pack([1.0, 1.0])])))
     assert outputs.results == [pytest.approx(-0.25)]
-    assert "_executor" not in vars(served)
+    assert "executor" not in vars(served)
 
 
 def test_a_slow_model_runs_in_an_executor_of_its_own(platform: Platform) -> None:
@@ -1130,7 +1240,7 @@ def test_a_slow_model_runs_in_an_executor_of_its_own(platform: Platform) -> None
     results, turns = asyncio.run(run())
     assert results == [[3.5] * 3] * 5
     assert turns > 5
-    served._executor.shutdown()
+    served.executor.shutdown()
 
 
 def test_too_many_waiting_runs_are_turned_away_at_once(platform: Platform) -> None:
@@ -1148,7 +1258,7 @@ def test_too_many_waiting_runs_are_turned_away_at_once(platform: Platform) -> No
     assert len(refused) == 4
     assert all(exc.details["retry_after_s"] == 1 for exc in refused)
     assert len(answers) - len(refused) == 256
-    served._executor.shutdown()
+    served.executor.shutdown()
 
 
 def test_a_run_that_fails_in_the_executor_raises_our_error(platform: Platform) -> None:
@@ -1161,7 +1271,7 @@ def test_a_run_that_fails_in_the_executor_raises_our_error(platform: Platform) -
     served.first_row_s = 1.0
     with pytest.raises(InferenceFailed, match="idx=9"):
         asyncio.run(served.run(rows))
-    served._executor.shutdown()
+    served.executor.shutdown()
 
 
 def test_the_journals_schema_tells_the_columns_of_every_loaded_version(platform: Platform) -> None:

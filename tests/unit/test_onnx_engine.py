@@ -382,14 +382,16 @@ def test_a_file_that_is_gone_between_the_checks_is_refused(tmp_path: Path) -> No
 
 
 def test_any_thread_may_call_an_engine(load: Callable[..., Loaded]) -> None:
-    """The event loop and the executor share one session."""
-    model = load(onnx_models.linear_regressor(3))
-    x = rows_of(40, 3)
-    expected = [model.run(row).results[0] for row in x.tolist()]
-    answers: list[list[float]] = [[] for _ in range(4)]
+    """The event loop and the executor share one session, and no memory: batches of all sizes at once."""
+    model = load(onnx_models.binary_classifier(3))
+    batches = [rows_of(count, 3, seed=count).tolist() for count in (1, 2, 1, 16, 64, 3, 65)] * 20
+    expected = [load(onnx_models.binary_classifier(3)).run(*batch) for batch in batches]
+    answers: list[list[Outputs]] = [[] for _ in range(4)]
+    begin = threading.Barrier(4)
 
     def run(position: int) -> None:
-        answers[position] = [model.run(row).results[0] for row in x.tolist()]
+        begin.wait()
+        answers[position] = [model.run(*batch) for batch in batches]
 
     threads = [threading.Thread(target=run, args=(position,)) for position in range(4)]
     for thread in threads:
@@ -397,6 +399,100 @@ def test_any_thread_may_call_an_engine(load: Callable[..., Loaded]) -> None:
     for thread in threads:
         thread.join()
     assert answers == [expected] * 4
+
+
+# --- bound memory ----------------------------------------------------------------------------------------
+
+NUMERIC: list[tuple[Callable[[], bytes], int, str | None]] = [
+    (lambda: onnx_models.linear_regressor(3), 3, None),
+    (lambda: onnx_models.linear_regressor(3, flat=True), 3, None),
+    (lambda: onnx_models.double_regressor(2), 2, None),
+    (lambda: onnx_models.multi_output_regressor(3), 3, None),
+    (lambda: onnx_models.binary_classifier(3), 3, None),
+    (lambda: onnx_models.label_only_classifier(3), 3, None),
+    (lambda: onnx_models.probabilities_only(3), 3, "classification"),
+    (lambda: onnx_models.one_probability(3), 3, "classification"),
+    (lambda: onnx_models.zipmap_classifier(("no", "yes")), 2, None),
+    (lambda: onnx_models.zipmap_classifier(("no", "yes"), zipmap=False), 2, None),
+    (lambda: onnx_models.zipmap_classifier((7, 3, 5), zipmap=False), 3, None),
+    (lambda: onnx_models.bool_tensor_model(3), 3, None),
+    (lambda: onnx_models.gather_model(4), 1, None),
+    (lambda: onnx_models.positive_columns(3), 3, None),
+    (lambda: onnx_models.unchanged(3), 3, None),
+]
+
+
+@pytest.mark.parametrize(("build", "width", "task"), NUMERIC)
+def test_an_answer_does_not_depend_on_what_ran_before(
+    load: Callable[..., Loaded], build: Callable[[], bytes], width: int, task: str | None
+) -> None:
+    """Runs share memory: each must give, to the last bit, what an engine gives that never ran."""
+    model = load(build(), task)
+    is_whole = model.metadata.columns[0].element in (ElementType.INT64, ElementType.BOOL)
+    random = np.random.default_rng(5)
+    given, answers = [], []
+    for count in (1, 1, 2, 1, 7, 64, 65, 2, 64, 3, 1, 1):
+        x = random.integers(0, 2, (count, width)) if is_whole else random.normal(size=(count, width))
+        given.append(x.tolist())
+        answers.append(model.run(*x.tolist()))
+    assert answers == [load(build(), task).run(*rows) for rows in given]
+
+
+def test_an_output_of_another_width_each_time_is_answered(load: Callable[..., Loaded]) -> None:
+    """Memory that fits one run's outputs must neither cut those of the next nor leave old values in them."""
+    model = load(onnx_models.positive_columns(3))
+    assert model.run([1.0, 2.0, 3.0]).results == [[1.0, 2.0, 3.0]]
+    assert model.run([4.0, -5.0, 6.0]).results == [[4.0, 6.0]]
+    assert model.run([7.0, 8.0, 9.0]).results == [[7.0, 8.0, 9.0]]
+
+
+def test_an_output_that_is_a_constant_is_answered(load: Callable[..., Loaded]) -> None:
+    """The runtime computes nothing for it, yet it must stand in the memory of each run."""
+    model = load(onnx_models.constant_answer())
+    assert [model.run([1.0, 2.0]).results for _ in range(3)] == [[7.0]] * 3
+
+
+def test_values_that_were_refused_leave_nothing_behind(load: Callable[..., Loaded]) -> None:
+    """The next answer comes from the next row, whatever state the failed run left its memory in."""
+    model = load(onnx_models.gather_model(4))
+    assert model.run((1,)).results == [1.5]
+    for _ in range(3):
+        with pytest.raises(InferenceFailed, match="idx=9"):
+            model.run((9,))
+        assert model.run((2,)).results == [3.0]
+        assert model.run((3,), (0,)).results == [4.5, 0.0]
+
+
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_a_row_that_is_packed_needs_no_values(load: Callable[..., Loaded], count: int) -> None:
+    """Rows that come from a store as the engine's own bytes are never taken apart."""
+    model = load(onnx_models.linear_regressor(3))
+    x = rows_of(count, 3)
+    rows = Rows((), [row.tobytes() for row in x])
+    expected = (x @ np.array(onnx_models.weights(3)) + 0.25).tolist()
+    assert len(rows) == count
+    assert model.engine.run(rows).results == close_to(expected)
+    assert model.engine.run(rows).results == close_to(expected)
+
+
+def test_a_row_too_wide_to_keep_memory_for_is_answered(load: Callable[..., Loaded]) -> None:
+    """Memory that is kept is bounded, rows are not."""
+    width = 20_000
+    x = np.zeros((2, width), np.float32)
+    x[0, 0], x[1, 1] = 3.0, 4.0
+    model = load(onnx_models.linear_regressor(width))
+    rows = Rows((), [row.tobytes() for row in x])
+    assert [model.engine.run(rows).results for _ in range(3)] == [[1.75, -3.75]] * 3
+
+
+@pytest.mark.parametrize("length", [0, 8, 16])
+def test_a_packed_row_of_another_length_is_refused(load: Callable[..., Loaded], length: int) -> None:
+    """Bytes of another model's row must never be answered with what the memory held before."""
+    model = load(onnx_models.linear_regressor(3))
+    for _ in range(2):
+        assert model.run([1.0, 1.0, 1.0]).results == [1.25]
+        with pytest.raises(InferenceFailed):
+            model.engine.run(Rows((), [bytes(length)]))
 
 
 # --- threads ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UnsetType
 
+from phoenix_ml.application.independence import are_rows_independent
 from phoenix_ml.application.ports import ArtifactStore, Engines, ModelHints, Registry
 from phoenix_ml.application.serving import load_version
 from phoenix_ml.application.statistics.baseline import describe_reference
@@ -23,9 +24,9 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
-from phoenix_ml.domain.rows import RowFormat, Rows, Scalar
+from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
 
-_SAMPLE_ROWS = 2
+_SAMPLE_ROWS = 8
 _PLAIN: Mapping[FeatureType, Scalar] = {
     FeatureType.FLOAT: 0.0,
     FeatureType.INTEGER: 0,
@@ -184,15 +185,18 @@ def _try_out(
     metadata: Metadata,
     reference: Mapping[str, Sequence[Scalar | None]] | None,
 ) -> Metadata:
-    """The metadata with a sample row that the model answered, and class labels that fit its answer."""
+    """The metadata with a sample row that the model answered, class labels that fit its answer, and whether
+    rows may run together.
+    """
     engine = engines.load(path, metadata)
     contract = FeatureContract(metadata.columns, metadata.contract)
     row_format = RowFormat(metadata.columns)
     if reference is not None:
-        count = min(_SAMPLE_ROWS, *(len(reference[name]) for name in contract.names))
-        given = [[reference[name][i] for name in contract.names] for i in range(count)]
+        available = min(len(reference[name]) for name in contract.names)
+        count = min(_SAMPLE_ROWS, available)
+        given = [[reference[name][i * available // count] for name in contract.names] for i in range(count)]
     else:
-        given = [[_plain(metadata.contract[name]) for name in contract.names]] * _SAMPLE_ROWS
+        given = [[_plain(metadata.contract[name]) for name in contract.names]]
     samples = [_fill(contract, row) for row in given]
     try:
         values = [contract.resolve(None, sample, 0)[0] for sample in samples]
@@ -200,22 +204,34 @@ def _try_out(
     except FeatureInvalid as exc:
         raise ModelRefused(f"a row of the reference does not fit: {exc.message}", **exc.details) from exc
     try:
-        outputs = engine.run(Rows(values, packed))
-        engine.run(Rows(values[:1], packed[:1]))
+        alone = engine.run(Rows(values[:1], packed[:1]))
     except InferenceFailed as exc:
         advice = (
             "" if reference is not None else "; give --reference with real rows if zeros are no fair test"
         )
         raise ModelRefused(f"the model loads but cannot answer a sample row: {exc.message}{advice}") from exc
-    if len(outputs.results) != len(values):
-        raise ModelRefused(
-            f"the model answers {len(outputs.results)} results for {len(values)} rows; the first dimension "
-            "of its outputs must be the rows"
-        )
+    _check_count(alone, 1)
+    try:
+        _check_count(engine.run(Rows(values[:1] * 2, packed[:1] * 2)), 2)
+        independent = are_rows_independent(engine, row_format, values)
+    except InferenceFailed:  # it takes one row at a time
+        independent = False
     labels = metadata.class_labels
-    if outputs.probabilities and len(labels) != len(outputs.probabilities[0]):
-        labels = tuple(range(len(outputs.probabilities[0]))) if isinstance(outputs.results[0], int) else ()
-    return msgspec.structs.replace(metadata, class_labels=labels, sample=tuple(samples[0]))
+    if alone.probabilities and len(labels) != len(alone.probabilities[0]):
+        labels = tuple(range(len(alone.probabilities[0]))) if isinstance(alone.results[0], int) else ()
+    return msgspec.structs.replace(
+        metadata, class_labels=labels, sample=tuple(samples[0]), row_independent=independent
+    )
+
+
+def _check_count(outputs: Outputs, rows: int) -> None:
+    answered = {"results": outputs.results, "probabilities": outputs.probabilities}
+    for kind, values in answered.items():
+        if values is not None and len(values) != rows:
+            raise ModelRefused(
+                f"the model answers {len(values)} {kind} for {rows} row{'s' if rows > 1 else ''}; the first "
+                "dimension of its outputs must be the rows"
+            )
 
 
 def _plain(rule: FeatureRule) -> Scalar | None:

@@ -7,13 +7,37 @@ from typing import Any
 
 from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.domain.errors import EntityUnknown, FeatureInvalid, InvalidField
+from phoenix_ml.domain.features import FeatureType, PackedSignature, packed_signature
+from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.domain.rows import Scalar
 
 Features = Mapping[str, Scalar | None]
 
 
-async def store_features(store: FeatureStore, entities: Mapping[str, Features]) -> int:
+def packed_signatures(versions: Iterable[ModelVersion]) -> tuple[PackedSignature, ...]:
+    """The signatures of active versions that are read as packed rows.
+
+    A contract that asks for more than numbers, such as an age, needs the single values.
+    """
+    found = {}
+    for version in versions:
+        metadata = version.metadata
+        rules = metadata.contract.values()
+        is_plain = len(metadata.signature.inputs) == 1 and all(
+            rule.type is FeatureType.FLOAT and rule.max_age_s is None for rule in rules
+        )
+        signature = packed_signature(metadata.columns)
+        if version.is_active and is_plain and signature is not None:
+            found[signature.digest] = signature
+    return tuple(found.values())
+
+
+async def store_features(
+    store: FeatureStore, entities: Mapping[str, Features], signatures: Sequence[PackedSignature] = ()
+) -> int:
     """How many entities were written; each merges into what is stored, None removes a feature.
+
+    Rows of the signatures are packed where an entity has all their features.
 
     Raises InvalidField and FeatureInvalid before anything is written, and FeatureStoreUnavailable.
     """
@@ -30,7 +54,7 @@ async def store_features(store: FeatureStore, entities: Mapping[str, Features]) 
                 raise FeatureInvalid(f"entity {entity_id!r}: {name!r} is not a finite number", feature=name)
             if type(value) is int and not -(2**63) <= value < 2**63:
                 raise FeatureInvalid(f"entity {entity_id!r}: {name!r} is beyond 64 bits", feature=name)
-    await store.write(entities, time.time_ns() // 1_000_000)
+    await store.write(entities, time.time_ns() // 1_000_000, signatures)
     return len(entities)
 
 
@@ -39,6 +63,7 @@ async def load_features(
     batches: Iterable[tuple[Mapping[str, Sequence[Scalar | None]], float]],
     entity: str,
     on_progress: Callable[[float], None],
+    signatures: Sequence[PackedSignature] = (),
 ) -> int:
     """How many rows of a table were stored: one entity a row, named by the column ``entity``.
 
@@ -57,7 +82,7 @@ async def load_features(
                 name: None if value != value else value  # noqa: PLR0124 - NaN differs from itself
                 for name, value in zip(names, row, strict=True)
             }
-        loaded += await store_features(store, entities)
+        loaded += await store_features(store, entities, signatures)
         on_progress(share)
     return loaded
 

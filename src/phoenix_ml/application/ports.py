@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from phoenix_ml.domain.events import Event, PredictionMade
-from phoenix_ml.domain.features import FeatureType, StoredFeatures
+from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
 from phoenix_ml.domain.routing import Routing
 from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
@@ -24,7 +24,9 @@ class Engine(Protocol):
 
 
 class Engines(Protocol):
-    """Makes engines from artifacts."""
+    """Makes engines from artifacts; ``runtime`` is what runs them, with its version."""
+
+    runtime: str
 
     def inspect(self, artifact: Path, hints: "ModelHints") -> Metadata:
         """What the artifact itself says: signature, task, class labels, output roles.
@@ -62,15 +64,33 @@ class FeatureStore(Protocol):
         """
         ...
 
+    async def read_packed(
+        self, entity_id: str, signature: PackedSignature
+    ) -> PackedFeatures | StoredFeatures | None:
+        """The entity's features as a row, where all are stored as numbers that a float32 can hold, else as
+        ``read`` answers them. A store may also answer values where it could have made a row.
+
+        The row holds, rounded to float32, the very numbers that ``read`` would answer. Times of single
+        features are not promised: this is for contracts without a max age.
+        """
+        ...
+
     async def read_all(self, entity_id: str) -> StoredFeatures | None:
         """All that is stored for the entity, or None. Values come back equal to what was written."""
         ...
 
-    async def write(self, entities: Mapping[str, Mapping[str, Scalar | None]], at_ms: int) -> None:
+    async def write(
+        self,
+        entities: Mapping[str, Mapping[str, Scalar | None]],
+        at_ms: int,
+        signatures: Sequence[PackedSignature] = (),
+    ) -> None:
         """Merges features into entities, each entity as one atomic step; None removes a feature.
 
         A write that covers all features an entity has sets its ``updated_at_ms``; one that covers a
-        part sets ``at_ms`` of what it wrote. An entity without features is unknown.
+        part sets ``at_ms`` of what it wrote. An entity without features is unknown. Rows of the given
+        signatures are packed where the merged entity has all their features as numbers; all other packed
+        rows of the entity go.
         """
         ...
 
@@ -169,9 +189,11 @@ class Registry(Protocol):
 class Meter(Protocol):
     """Counts what the use cases do; each call costs well under a microsecond."""
 
-    def answered(
-        self, event: PredictionMade, feature_count: int, feature_read_s: float | None, inference_s: float
-    ) -> None:
+    def ran(self, version: ModelVersion, inference_s: float) -> None:
+        """An engine run is over, of one row or of many."""
+        ...
+
+    def answered(self, event: PredictionMade, feature_count: int, feature_read_s: float | None) -> None:
         """One prediction was made; ``feature_read_s`` is None when no store was asked."""
         ...
 
@@ -260,7 +282,7 @@ class DeadLetters(Protocol):
         ...
 
     def requeue(self, limit: int) -> int:
-        """How many events went back on the road to the log, the oldest first."""
+        """How many went back on the road to the log, the oldest first. What is no event may stay where it is."""
         ...
 
 

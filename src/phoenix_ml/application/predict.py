@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from phoenix_ml.application.batching import Batcher
 from phoenix_ml.application.ports import FeatureStore, Journal, Meter
 from phoenix_ml.application.serving import LiveModel, LiveModels, ServedVersion
 from phoenix_ml.domain.errors import (
@@ -19,7 +20,7 @@ from phoenix_ml.domain.errors import (
     PhoenixError,
 )
 from phoenix_ml.domain.events import PredictionMade
-from phoenix_ml.domain.features import FeatureType, StoredFeatures
+from phoenix_ml.domain.features import SOURCE_LETTER, FeatureType, PackedFeatures, Source, StoredFeatures
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Instance, PredictionRequest
 from phoenix_ml.domain.routing import Choice, Role, Strategy
@@ -35,26 +36,30 @@ class _Reading(msgspec.Struct):
     """What the store said of an entity, when, and in which types; ``took_s`` is None when it was not asked."""
 
     types: Mapping[str, FeatureType]
-    stored: StoredFeatures | None
+    stored: StoredFeatures | PackedFeatures | None
     error: FeatureStoreUnavailable | None
     at_ms: int
     took_s: float | None
 
 
 class _Row(msgspec.Struct, gc=False):
-    """A row that is ready to run."""
+    """A row that is ready to run, and who waits for its answer."""
 
+    model: LiveModel
     served: ServedVersion
     choice: Choice
     prediction_id: str
     entity_id: str | None
     request_id: str
     routing_key: str
-    values: list[Scalar]
+    values: Sequence[Scalar]
     packed: bytes
     sources: str
     reading: _Reading
-    traceparent: str | None = None
+    started: float
+    traceparent: str | None
+    shadow_of: str | None = None
+    answer: "asyncio.Future[PredictionMade] | None" = None
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -75,12 +80,17 @@ class Predict:
         meter: Meter,
         *,
         batch_limit: int = 1000,
+        queue_limit: int = 256,
+        queue_deadline_s: float = 2.0,
     ) -> None:
         self._live = live
         self._features = features
         self._journal = journal
         self._meter = meter
         self._batch_limit = batch_limit
+        self._batcher: Batcher[_Row] = Batcher(
+            self._finish, queue_limit=queue_limit, patience_s=queue_deadline_s
+        )
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def one(self, request: PredictionRequest, started: float, traceparent: str | None = None) -> Answer:
@@ -92,9 +102,8 @@ class Predict:
         JournalFull.
         """
         model = self._live.model(request.model_id)
-        row = await self._prepare(model, request.model_version, request)
-        row.traceparent = traceparent
-        event = await self._answer(model, row, started, None)
+        row = await self._prepare(model, request.model_version, request, started, traceparent)
+        event = await self._answer(row)
         if model.shadows and request.model_version is None:
             self._start_shadows(model, request, event, row.reading)
         return Answer(event, row.served.contract.names)
@@ -104,31 +113,34 @@ class Predict:
     ) -> list[Answer]:
         """One answer an instance, in order, all on record; or an error that names the bad instance.
 
-        Instances that the routing gives to the same version run as one batch. Raises InvalidField for
-        no instances, BatchTooLarge for too many, else what ``one`` raises.
+        Instances that the routing gives to the same version run as one batch, or one by one where its rows
+        are not independent. Raises InvalidField for no instances, BatchTooLarge for too many, else what
+        ``one`` raises.
         """
         self._check_size(request.instances)
         model = self._live.model(request.model_id)
-        rows = await self._prepare_all(model, request)
-        groups: dict[str, list[int]] = {}
+        rows = await self._prepare_all(model, request, started, traceparent)
+        groups: dict[tuple[str, int], list[int]] = {}
         for number, row in enumerate(rows):
-            row.traceparent = traceparent
-            groups.setdefault(row.choice.version, []).append(number)
-        answers: dict[int, tuple[PredictionMade, float]] = {}
+            # Rows that would change each other's answers, or cannot run together, run one by one.
+            apart = 0 if row.served.version.metadata.row_independent else number
+            groups.setdefault((row.choice.version, apart), []).append(number)
+        answers: dict[int, PredictionMade] = {}
         for numbers in groups.values():
             members = [rows[number] for number in numbers]
             ran_at = time.perf_counter()
             outputs = await members[0].served.run(
                 Rows([m.values for m in members], [m.packed for m in members])
             )
-            inference_s = time.perf_counter() - ran_at
+            self._meter.ran(members[0].served.version, time.perf_counter() - ran_at)
+            if len(groups) > 1:  # many short runs on end would hold up everybody else
+                await asyncio.sleep(0)
             for position, number in enumerate(numbers):
-                event = _event(rows[number], outputs, position, len(numbers), started, None)
-                answers[number] = event, inference_s
-        events = [answers[number][0] for number in range(len(rows))]
+                answers[number] = _event(rows[number], outputs, position, len(numbers))
+        events = [answers[number] for number in range(len(rows))]
         self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         for number, row in enumerate(rows):
-            self._meter.answered(events[number], len(row.values), row.reading.took_s, answers[number][1])
+            self._count(events[number], row)
         if model.shadows and request.model_version is None:
             for instance, event, row in zip(request.instances, events, rows, strict=True):
                 self._start_shadows(model, instance, event, row.reading)
@@ -149,9 +161,14 @@ class Predict:
                 given=len(instances),
             )
 
-    async def _prepare_all(self, model: LiveModel, request: BatchRequest) -> list[_Row]:
+    async def _prepare_all(
+        self, model: LiveModel, request: BatchRequest, started: float, traceparent: str | None
+    ) -> list[_Row]:
         """A row an instance. Stores that wait for a network are asked for all entities at once."""
-        prepared = [self._prepare(model, request.model_version, instance) for instance in request.instances]
+        prepared = [
+            self._prepare(model, request.model_version, instance, started, traceparent)
+            for instance in request.instances
+        ]
         rows = []
         for number, found in enumerate(await asyncio.gather(*prepared, return_exceptions=True)):
             if isinstance(found, PhoenixError):
@@ -162,21 +179,34 @@ class Predict:
             rows.append(found)
         return rows
 
-    async def _prepare(self, model: LiveModel, version: str | None, instance: Instance) -> _Row:
+    async def _prepare(
+        self,
+        model: LiveModel,
+        version: str | None,
+        instance: Instance,
+        started: float,
+        traceparent: str | None,
+    ) -> _Row:
         prediction_id = new_id()
         key = instance.routing_key or instance.entity_id or prediction_id
         served, choice = model.pick(version, key)
-        reading = await self._read(model.types[choice.version], instance)
-        return _resolve(served, choice, instance, prediction_id, key, reading)
+        reading = await self._read(model, choice.version, instance)
+        return _resolve(model, served, choice, instance, prediction_id, key, reading, started, traceparent)
 
-    async def _read(self, types: Mapping[str, FeatureType], instance: Instance) -> _Reading:
+    async def _read(self, model: LiveModel, version: str, instance: Instance) -> _Reading:
         """What the store has of the instance's entity; it may fail where the request has features too."""
+        types = model.types[version]
         entity_id, given = instance.entity_id, instance.features
-        stored = error = took_s = None
+        stored: StoredFeatures | PackedFeatures | None = None
+        error = took_s = None
         if entity_id is not None:
             asked_at = time.perf_counter()
+            signature = model.packed[version]
             try:
-                stored = await self._features.read(entity_id, types)
+                if signature is not None and given is None:
+                    stored = await self._features.read_packed(entity_id, signature)
+                else:
+                    stored = await self._features.read(entity_id, types)
             except FeatureStoreUnavailable as exc:
                 if not given:
                     raise
@@ -193,17 +223,42 @@ class Predict:
             )
         return _Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
 
-    async def _answer(
-        self, model: LiveModel, row: _Row, started: float, shadow_of: str | None
-    ) -> PredictionMade:
-        """Runs one row and puts its answer on record."""
-        ran_at = time.perf_counter()
-        outputs = await row.served.run(Rows((row.values,), (row.packed,)))
-        inference_s = time.perf_counter() - ran_at
-        event = _event(row, outputs, 0, 1, started, shadow_of)
-        self._journal.append(_encode(event), model.schema_digest, model.schema)
-        self._meter.answered(event, len(row.values), row.reading.took_s, inference_s)
-        return event
+    async def _answer(self, row: _Row) -> PredictionMade:
+        """Runs one row, with others where there are some, and puts its answer on record."""
+        served = row.served
+        if self._batcher.is_alone(served):
+            ran_at = time.perf_counter()
+            outputs = served.engine.run(Rows((row.values,), (row.packed,)))
+            self._meter.ran(served.version, time.perf_counter() - ran_at)
+            event = _event(row, outputs, 0, 1)
+            self._journal.append(_encode(event), row.model.schema_digest, row.model.schema)
+            self._count(event, row)
+            return event
+        row.answer = asyncio.get_running_loop().create_future()
+        self._batcher.add(served, row)
+        return await row.answer
+
+    def _finish(self, rows: list[_Row], outputs: Outputs | Exception, inference_s: float) -> None:
+        """Puts the answers of rows that ran together on record, then gives them to those who wait."""
+        if isinstance(outputs, Exception):
+            _fail(rows, outputs)
+            return
+        model = rows[-1].model
+        self._meter.ran(rows[-1].served.version, inference_s)
+        # One write for all: by itself each costs 2 µs.
+        events = [_event(row, outputs, position, len(rows)) for position, row in enumerate(rows)]
+        try:
+            self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
+        except Exception as exc:  # noqa: BLE001 - every caller gets an answer, and nobody else would tell them
+            _fail(rows, exc)
+            return
+        for row, event in zip(rows, events, strict=True):
+            self._count(event, row)
+            if row.answer is not None and not row.answer.done():
+                row.answer.set_result(event)
+
+    def _count(self, event: PredictionMade, row: _Row) -> None:
+        self._meter.answered(event, len(row.served.contract.names), row.reading.took_s)
 
     def _start_shadows(
         self, model: LiveModel, instance: Instance, answered: PredictionMade, reading: _Reading
@@ -233,14 +288,29 @@ class Predict:
             served, _ = model.pick(version, answered.routing_key)
             choice = Choice(version, Strategy.SHADOW, Role.SHADOW, 1.0)
             started = time.perf_counter()
-            if served.contract.types.items() <= reading.types.items():
+            if isinstance(reading.stored, PackedFeatures):
+                fits = model.packed[version] == model.packed[answered.model_version]
+            else:
+                fits = served.contract.types.items() <= reading.types.items()
+            if fits:
                 reading = msgspec.structs.replace(reading, took_s=None)
             else:
                 # It takes a feature in another type than the champion, in which only the store can give it.
-                reading = await self._read(served.contract.types, instance)
-            row = _resolve(served, choice, instance, new_id(), answered.routing_key, reading)
-            row.request_id, row.traceparent = answered.request_id, answered.traceparent
-            await self._answer(model, row, started, answered.id)
+                reading = await self._read(model, version, instance)
+            traceparent = answered.traceparent
+            row = _resolve(
+                model,
+                served,
+                choice,
+                instance,
+                new_id(),
+                answered.routing_key,
+                reading,
+                started,
+                traceparent,
+            )
+            row.request_id, row.shadow_of = answered.request_id, answered.id
+            await self._answer(row)
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, version, exc.code)
             log.warning(
@@ -253,30 +323,47 @@ class Predict:
 
 
 def _resolve(
+    model: LiveModel,
     served: ServedVersion,
     choice: Choice,
     instance: Instance,
     prediction_id: str,
     key: str,
     reading: _Reading,
+    started: float,
+    traceparent: str | None,
 ) -> _Row:
     """The row's values: from the store, else from the request, else their defaults."""
-    try:
-        values, sources = served.contract.resolve(reading.stored, instance.features, reading.at_ms)
-    except FeatureMissing as exc:
-        if reading.error is not None:  # the store may well have it: asking again later can succeed
-            raise reading.error from exc
-        raise
-    packed = served.format.pack(values)
-    request_id = instance.request_id or prediction_id
+    stored = reading.stored
+    values: Sequence[Scalar]
+    if isinstance(stored, PackedFeatures):
+        values, packed, sources = (), stored.row, SOURCE_LETTER[Source.STORE]
+    else:
+        try:
+            values, sources = served.contract.resolve(stored, instance.features, reading.at_ms)
+        except FeatureMissing as exc:
+            if reading.error is not None:  # the store may well have it: asking again later can succeed
+                raise reading.error from exc
+            raise
+        packed = served.format.pack(values)
     return _Row(  # by position, like the event: keywords cost 0.6 µs more
-        served, choice, prediction_id, instance.entity_id, request_id, key, values, packed, sources, reading
+        model,
+        served,
+        choice,
+        prediction_id,
+        instance.entity_id,
+        instance.request_id or prediction_id,
+        key,
+        values,
+        packed,
+        sources,
+        reading,
+        started,
+        traceparent,
     )
 
 
-def _event(
-    row: _Row, outputs: Outputs, position: int, batch_size: int, started: float, shadow_of: str | None
-) -> PredictionMade:
+def _event(row: _Row, outputs: Outputs, position: int, batch_size: int) -> PredictionMade:
     version, choice = row.served.version, row.choice
     return PredictionMade(
         row.prediction_id,
@@ -294,10 +381,18 @@ def _event(
         outputs.results[position],
         None if outputs.confidences is None else outputs.confidences[position],
         None if outputs.probabilities is None else outputs.probabilities[position],
-        round((time.perf_counter() - started) * 1000, 3),
+        round((time.perf_counter() - row.started) * 1000, 3),
         time.time_ns() // 1_000_000,
         batch_size,
         position,
-        shadow_of,
+        row.shadow_of,
         row.traceparent,
     )
+
+
+def _fail(rows: list[_Row], error: Exception) -> None:
+    for row in rows:
+        if row.answer is not None and not row.answer.done():
+            # A new one each: a shared one would collect the tracebacks of all.
+            own = type(error)(error.message, **error.details) if isinstance(error, PhoenixError) else error
+            row.answer.set_exception(own)

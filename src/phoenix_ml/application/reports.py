@@ -52,6 +52,7 @@ def describe_version(version: ModelVersion, *, baseline: bool = False) -> dict[s
         "inputs": msgspec.to_builtins(metadata.signature.inputs),
         "outputs": msgspec.to_builtins(metadata.signature.outputs),
         "runtime": metadata.runtime,
+        "row_independent": metadata.row_independent,
         "has_baseline": metadata.baseline is not None,
     }
     if baseline:

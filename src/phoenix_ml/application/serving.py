@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
+from math import ceil
+from typing import Any
 
 import msgspec
 
@@ -22,7 +24,7 @@ from phoenix_ml.domain.errors import (
     VersionInactive,
     VersionUnknown,
 )
-from phoenix_ml.domain.features import FeatureContract
+from phoenix_ml.domain.features import FeatureContract, FeatureType, PackedSignature, packed_signature
 from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing
 from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
@@ -31,6 +33,9 @@ from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
 # loop delays nobody noticeably (docs/adr/0002).
 INLINE_LIMIT_S = 0.0005
 QUEUE_LIMIT = 256
+BATCH_ROWS_LIMIT = 64
+# A batch makes rows wait for each other, which a row that costs hardly less in it is not worth.
+_CLEARLY_LESS = 0.9
 _WARM_UP_RUNS = 10
 _WARM_UP_S = 0.5
 _WARM_UP_ROWS = 16
@@ -41,40 +46,75 @@ _Key = tuple[str, str]  # model id and version
 log = logging.getLogger(__name__)
 
 
-class ServedVersion:
-    """A version that is loaded and warm."""
+class Queue:
+    """What waits for a version's runs, as the batcher keeps it."""
 
-    def __init__(self, version: ModelVersion, engine: Engine) -> None:
+    __slots__ = ("arrived", "is_busy", "recent", "rows")
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.is_busy = False
+        self.arrived = 0  # rows in this turn of the event loop
+        self.recent = 0.0  # rows a turn, of late
+
+
+class ServedVersion:
+    """A version that is loaded and warm.
+
+    ``batches`` says whether rows of several requests are best run together, and ``batch_rows_limit`` how many
+    of them at once.
+    """
+
+    def __init__(
+        self, version: ModelVersion, engine: Engine, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         metadata = version.metadata
         columns = metadata.columns
         self.version = version
         self.engine = engine
         self.contract = FeatureContract(columns, metadata.contract)
         self.format = RowFormat(columns)
-        self.first_row_s, self.further_row_s = self._warm_up()
+        self.first_row_s, self.further_row_s = self._warm_up(clock)
+        self.is_inline = self.runs_inline(1)
+        self.batches, self.batch_rows_limit = self._weigh_batches()
+        self.queue = Queue()
         self._waiting = 0
 
-    def _warm_up(self) -> tuple[float, float]:
+    def _warm_up(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Seconds for a run of one row, and for each row more.
 
         The shortest of several runs: what else the machine does while a model loads only adds to them.
         """
-        sample, _ = self.contract.resolve(None, list(self.version.metadata.sample), 0)
+        metadata = self.version.metadata
+        sample, _ = self.contract.resolve(None, list(metadata.sample), 0)
         packed = self.format.pack(sample)
 
         def measure(count: int) -> float:
             rows = Rows([sample] * count, [packed] * count)
             durations = []
             for _ in range(_WARM_UP_RUNS):
-                started = time.perf_counter()
+                started = clock()
                 self.engine.run(rows)
-                durations.append(time.perf_counter() - started)
+                durations.append(clock() - started)
                 if sum(durations) > _WARM_UP_S:
                     break
             return min(durations)
 
         one = measure(1)
+        if not metadata.row_independent:  # every row is a run of its own
+            return one, one
         return one, max(0.0, measure(_WARM_UP_ROWS) - one) / (_WARM_UP_ROWS - 1)
+
+    def _weigh_batches(self) -> tuple[bool, int]:
+        """Whether a row costs clearly less in a batch, and for how many rows a run on the loop stays short."""
+        first, further = self.first_row_s, self.further_row_s
+        in_batch = (first + (_WARM_UP_ROWS - 1) * further) / _WARM_UP_ROWS
+        if in_batch > _CLEARLY_LESS * first:
+            return False, 1
+        if first >= INLINE_LIMIT_S or first + (BATCH_ROWS_LIMIT - 1) * further < INLINE_LIMIT_S:
+            return True, BATCH_ROWS_LIMIT
+        limit = ceil((INLINE_LIMIT_S - first) / further)
+        return limit > 1, limit
 
     def runs_inline(self, rows: int) -> bool:
         """Whether so many rows take so short that they are best run on the event loop itself."""
@@ -94,12 +134,13 @@ class ServedVersion:
             )
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, rows)
+            return await asyncio.get_running_loop().run_in_executor(self.executor, self.engine.run, rows)
         finally:
             self._waiting -= 1
 
     @cached_property
-    def _executor(self) -> ThreadPoolExecutor:
+    def executor(self) -> ThreadPoolExecutor:
+        """The thread on which runs happen that would hold up the event loop."""
         # Its thread ends when the version has been dropped and the last run that holds it is done.
         return ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.version.model_id}")
 
@@ -126,6 +167,8 @@ class LiveModel:
             name: t for v in self.shadows if v in loaded for name, t in loaded[v].contract.types.items()
         }
         self.types = {v: beside | s.contract.types if beside else s.contract.types for v, s in loaded.items()}
+        # Where the store has a whole row packed, it is the engine's input as it is.
+        self.packed = {v: _packed(s, self.types[v]) for v, s in loaded.items()}
         # The journal holds packed values; this tells their names and types, by version, to its reader.
         columns = {v: s.version.metadata.columns for v, s in loaded.items()}
         self.schema = msgspec.msgpack.encode(columns)
@@ -164,6 +207,14 @@ class LiveModel:
             model_id=self.model_id,
             version=version,
         )
+
+
+def _packed(served: ServedVersion, types: Mapping[str, FeatureType]) -> PackedSignature | None:
+    """The signature to ask the store for packed rows of; None where the single values are needed."""
+    signature = packed_signature(served.version.metadata.columns)
+    if signature is None or len(served.version.metadata.signature.inputs) > 1 or served.contract.has_ages:
+        return None
+    return signature if signature.types == types else None
 
 
 class LiveModels:
@@ -210,6 +261,13 @@ class LiveModels:
     @property
     def models(self) -> Mapping[str, LiveModel]:
         return self._table
+
+    def packed_signatures(self) -> list[PackedSignature]:
+        """What the store is asked for packed rows of, each once."""
+        signatures = (signature for live in self._table.values() for signature in live.packed.values())
+        return list(
+            {signature.digest: signature for signature in signatures if signature is not None}.values()
+        )
 
     def model(self, model_id: str) -> LiveModel:
         """Raises ModelUnknown, and DatabaseUnavailable while the registry could not be read even once."""

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
-from phoenix_ml.application.features import load_features
+from phoenix_ml.application.features import load_features, packed_signatures
 from phoenix_ml.application.ports import LoggedPrediction, PredictionQuery
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
 from phoenix_ml.demo.training import MODEL_NAME, CreditData, Training, train
@@ -132,7 +132,8 @@ async def _load_features(phoenix: Phoenix, training: Training) -> int:
     store = open_features(phoenix.settings)
     try:
         with open_table(training.features_path) as table:
-            return await load_features(store, table.batches, "entity_id", lambda _: None)
+            signatures = packed_signatures(phoenix.registry.list_versions())
+            return await load_features(store, table.batches, "entity_id", lambda _: None, signatures)
     finally:
         await store.close()
 

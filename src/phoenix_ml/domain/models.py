@@ -134,6 +134,8 @@ class Metadata(Struct, frozen=True):
     """What is known of a version beside its bytes; stored as one JSON document.
 
     ``sample`` is one row that the model is known to answer: it warms the engine up at each load.
+    ``row_independent`` says that rows were seen to get the same answers alone and together; without it
+    each row runs by itself.
     """
 
     signature: Signature
@@ -146,6 +148,7 @@ class Metadata(Struct, frozen=True):
     sample: tuple[Scalar | None, ...] = ()
     runtime: str = ""
     baseline: dict[str, Any] | None = None
+    row_independent: bool = False
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -1,6 +1,7 @@
 """One API process: answers HTTP on a socket that the supervisor opened, and owns one journal."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -16,13 +18,14 @@ import uvloop
 
 from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, open_features
+from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, cache_features, open_features
 from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable, PhoenixError
 from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
-from phoenix_ml.infrastructure.http.protocol import BoundedHeads
+from phoenix_ml.infrastructure.http.hot_lane import HotLane, Lane
+from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
@@ -58,7 +61,8 @@ async def serve(
     )
     dropped = metrics.counter(catalogue.JOURNAL_DROPPED)
     journal = DroppingJournal(writer, dropped.add) if settings.journal_full == "drop" else writer
-    features = open_features(settings)
+    hits, misses = (metrics.counter(catalogue.FEATURE_CACHE_READS, outcome=o) for o in ("hit", "miss"))
+    features = cache_features(open_features(settings), settings, hits.add, misses.add)
     live, predict = bootstrap_predict(phoenix, features, journal, meter)
     calls = PredictionCalls(
         predict,
@@ -75,11 +79,12 @@ async def serve(
             return f"{refusal}; predictions are answered and not on record"
         return refusal or "ok"
 
+    lane = Lane(calls, browser_check(settings), settings.body_limit_bytes)
     app = build_app(phoenix, features, live, calls, journal_state)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=BoundedHeads,
+            http=partial(HotLane, lane=lane),  # type: ignore[arg-type] # uvicorn only calls it
             loop="uvloop",
             ws="none",
             lifespan="off",
@@ -203,6 +208,9 @@ async def _announce(
     while not (server.started and live.is_ready):
         server.should_exit = server.should_exit or was_stopped()
         await asyncio.sleep(0.01)
+    # What is loaded stays: a full collection that walks it takes 30 ms or more, in which nobody is answered.
+    gc.collect()
+    gc.freeze()
     on_ready()
 
 

@@ -1,8 +1,9 @@
 """ONNX Runtime behind the ``Engine`` port: tabular classifiers and regressors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from operator import getitem
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -26,6 +27,11 @@ _LABEL_TYPES: Final = {"int64", "int32", "string", "bool"}
 _FLOAT_TYPES: Final = {"float32", "float64"}
 _ZIPMAPS: Final = {"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"}
 
+# Beyond so many rows binding saves less than 5 %. So many bytes are kept for each version; from 256 KiB on
+# the copy into bound memory costs what binding saves.
+_BOUND_ROWS: Final = 64
+_BOUND_BYTES: Final = 65_536
+
 # ONNX Runtime's exceptions share no base class of their own.
 _RUNTIME_ERRORS: Final[tuple[type[Exception], ...]] = (
     *(
@@ -45,6 +51,8 @@ class OnnxEngines:
     One thread is the default: a pool of its own spins between runs, which was measured at 10,400 µs of
     CPU for a call every 10 ms, against 71 with one thread.
     """
+
+    runtime = f"onnxruntime {ort.__version__}"
 
     def __init__(self, threads: int = 1) -> None:
         self._options = ort.SessionOptions()
@@ -86,7 +94,7 @@ class OnnxEngines:
             class_labels=labels_in_graph if task is Task.CLASSIFICATION else (),
             label_output=label,
             scores_output=scores,
-            runtime=f"onnxruntime {ort.__version__}",
+            runtime=self.runtime,
         )
 
     def load(self, artifact: Path, metadata: Metadata) -> "OnnxEngine":
@@ -107,14 +115,50 @@ class OnnxEngines:
             ) from exc
 
 
+class _Bound(NamedTuple):
+    """The beginning of a ``_Memory``, as much as so many rows take, bound to the session."""
+
+    binding: Any
+    input: memoryview
+    outputs: list[NDArray[Any]]
+
+
+class _Memory(NamedTuple):
+    """What one run at a time reads its rows from and writes its outputs to, for any number of rows."""
+
+    input: NDArray[Any]
+    outputs: list[NDArray[Any]]
+    bound: dict[int, _Bound]
+
+
 class OnnxEngine:
-    """One session. See ``Engine`` for the contract."""
+    """One session. See ``Engine`` for the contract.
+
+    Where all features are one numeric tensor, runs of up to ``_BOUND_ROWS`` rows read and write memory that
+    was bound once. CPU of a run of 30 float32 x 100 boosted trees in µs, interleaved, the least of 9 rounds
+    (onnxruntime 1.32); ``run`` makes lists of the answer too, which the others leave out:
+
+    ==========================================================  =====  =====  =====
+    rows                                                            1     16     64
+    ==========================================================  =====  =====  =====
+    ``run``                                                       4.4   18.4   63.3
+    ``run``, when it called ``InferenceSession.run``              9.5   23.7   68.8
+    ``InferenceSession.run``                                      6.4   18.4   57.5
+    ``_sess.run``, which that wraps                               5.6   17.3   55.9
+    ``_sess.run`` for the probabilities alone                     5.2   17.2   56.1
+    ``_sess.run`` with run options made once                      4.8   16.6   55.6
+    ``_sess.run_with_iobinding`` with such options                2.7   14.7   53.0
+    ==========================================================  =====  =====  =====
+
+    The public method around the last one costs 30 more with run options, which it reads anew each time.
+    Neither the arena nor the memory pattern made a difference.
+    """
 
     def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
         self._session = session
         self._task = metadata.task
         self._labels: list[str | int] = list(metadata.class_labels)
-        self._column_of = {label: i for i, label in enumerate(self._labels)}
+        self._column_of = {label: i for i, label in enumerate(self._labels)}.__getitem__
         self._wanted = [n for n in (metadata.label_output, metadata.scores_output) if n is not None]
         self._has_label = metadata.label_output is not None
         self._has_scores = metadata.scores_output is not None
@@ -128,32 +172,97 @@ class OnnxEngine:
         only_string = inputs[0].type == ElementType.STRING
         # All features in one numeric tensor: the packed rows are the tensor, nothing is converted.
         self._packed_input = None if len(inputs) > 1 or only_string else inputs[0].name
+        # Memory that no run uses now; taking and giving back are atomic, so no two threads have the same.
+        self._idle: list[_Memory] = []
+        self._bound_rows = 0
+        if self._packed_input is not None:
+            _, width, _, dtype = self._inputs[0]
+            self._bound_rows = min(_BOUND_ROWS, _BOUND_BYTES // (width * dtype.itemsize))
+        self._run_bound = session._sess.run_with_iobinding
+        self._run_options = ort.RunOptions()
 
     def run(self, rows: Rows) -> Outputs:
+        packed = rows.packed
+        count = len(packed)
+        if count > self._bound_rows or not self._idle:
+            return self._run_unbound(rows)
         try:
-            outputs = self._session.run(self._wanted, self._feeds(rows))
+            memory = self._idle.pop()
+        except IndexError:  # another thread was faster
+            return self._run_unbound(rows)
+        try:
+            bound = memory.bound.get(count) or self._bind(memory, count)
+            bound.input[:] = packed[0] if count == 1 else b"".join(packed)
+            self._run_bound(bound.binding, self._run_options)
+        except _RUNTIME_ERRORS:
+            # Either the values are refused, now again, or the outputs have another shape than those before.
+            answer = self._run_unbound(rows)
+            self._bound_rows = 0
+            return answer
+        answer = self._answer(bound.outputs)
+        self._idle.append(memory)
+        return answer
+
+    def _run_unbound(self, rows: Rows) -> Outputs:
+        """A run whose outputs the runtime allocates; they tell what memory to keep for the next."""
+        try:
+            outputs = self._session._sess.run(self._wanted, self._feeds(rows), self._run_options)
         except _RUNTIME_ERRORS as exc:
             raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
-        if self._task is Task.REGRESSION:
-            values = outputs[0]
-            flat = values.ndim == 1 or values.shape[1] == 1
-            return Outputs(values.reshape(-1).tolist() if flat else values.tolist())
-        if not self._has_scores:
-            return Outputs(outputs[0].reshape(-1).tolist())
+        count = len(rows)
+        if count <= self._bound_rows:
+            if all(_is_bindable(output, count) for output in outputs):
+                spec, width, _, dtype = self._inputs[0]
+                shape = (width,) if len(spec.shape) == 2 else ()
+                made = [np.empty((self._bound_rows, *o.shape[1:]), o.dtype) for o in outputs]
+                self._idle.append(_Memory(np.empty((self._bound_rows, *shape), dtype), made, {}))
+            else:
+                self._bound_rows = 0
+        return self._answer(self._flatten(outputs))
+
+    def _bind(self, memory: _Memory, count: int) -> _Bound:
+        binding = self._session.io_binding()
+        given = memory.input[:count]
+        binding.bind_input(self._packed_input, "cpu", 0, given.dtype.type, given.shape, given.ctypes.data)
+        made = [array[:count] for array in memory.outputs]
+        for name, array in zip(self._wanted, made, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        bound = _Bound(binding._iobinding, given.data.cast("B"), self._flatten(made))
+        memory.bound[count] = bound
+        return bound
+
+    def _flatten(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs with one number a row as a list of them has it; in the same memory."""
+        flat = [
+            output.reshape(-1)
+            if isinstance(output, np.ndarray) and output.ndim > 1 and output.shape[1] == 1
+            else output
+            for output in outputs
+        ]
+        if self._has_label:
+            flat[0] = flat[0].reshape(-1)
+        return flat
+
+    def _answer(self, outputs: Sequence[Any]) -> Outputs:
+        if not self._has_scores or self._task is Task.REGRESSION:
+            return Outputs(outputs[0].tolist())
         probabilities = _probability_rows(outputs[-1], self._labels)
         if self._has_label:
-            results = outputs[0].reshape(-1).tolist()
+            results = outputs[0].tolist()
         else:
             best = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
             results = [self._labels[i] if self._labels else i for i in best]
-        column_of = self._column_of
-        if column_of:
+        if not self._labels:
+            return Outputs(results, list(map(max, probabilities)), probabilities)
+        try:
+            # In a comprehension 0.4 µs more for one row, 1.7 for 64.
+            confidences = list(map(getitem, probabilities, map(self._column_of, results)))
+        except KeyError:  # a label that the graph does not name
+            known = set(self._labels)
             confidences = [
-                row[column_of[r]] if r in column_of else max(row)
+                row[self._column_of(r)] if r in known else max(row)
                 for row, r in zip(probabilities, results, strict=True)
             ]
-        else:
-            confidences = [max(row) for row in probabilities]
         return Outputs(results, confidences, probabilities)
 
     def _feeds(self, rows: Rows) -> Mapping[str, NDArray[Any]]:
@@ -173,12 +282,17 @@ class OnnxEngine:
         return feeds
 
 
+def _is_bindable(output: Any, count: int) -> bool:
+    """Whether the output is numbers, those of each row beside each other."""
+    return isinstance(output, np.ndarray) and output.dtype.kind in "biuf" and output.shape[:1] == (count,)
+
+
 def _probability_rows(scores: Any, labels: list[str | int]) -> list[list[float]]:
     if isinstance(scores, list):  # ZipMap: one {label: probability} a row, sorted by label
         order = labels if labels and all(label in scores[0] for label in labels) else list(scores[0])
         return [[row[label] for label in order] for row in scores]
-    if scores.ndim == 1 or scores.shape[1] == 1:  # the probability of the second of two classes
-        return [[1.0 - p, p] for p in scores.reshape(-1).tolist()]
+    if scores.ndim == 1:  # the probability of the second of two classes
+        return [[1.0 - p, p] for p in scores.tolist()]
     rows: list[list[float]] = scores.tolist()
     return rows
 

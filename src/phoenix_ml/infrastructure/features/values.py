@@ -17,6 +17,25 @@ NATIVE: Final[dict[FeatureType, type]] = {
     FeatureType.STRING: str,
 }
 
+# After so many reads in a row that found no packed row, only each 64th looks for one: where others write the
+# features, or wrote them before the model was registered, each would look in vain.
+_MISSES: Final = 16
+_RETRY: Final = 64
+
+
+class PackedReads:
+    """How many reads of one signature's packed rows in a row found none."""
+
+    __slots__ = ("misses",)
+
+    def __init__(self) -> None:
+        self.misses = 0
+
+    def are_hopeless(self) -> bool:
+        """Whether a read had better not look for a packed row. It counts: of many at once, one looks."""
+        self.misses += 1
+        return self.misses > _MISSES and self.misses % _RETRY != 0
+
 
 def checked(entities: Mapping[str, Given]) -> dict[str, dict[str, Scalar | None]]:
     """The entities as a store takes them; NaN, which is no value, has become None.

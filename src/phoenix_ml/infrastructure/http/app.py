@@ -107,7 +107,7 @@ def explored_app(
     database_probe = _DatabaseProbe(phoenix)
     goes_on_when_full = phoenix.settings.journal_full == "drop"
     app.include_router(model_routes(phoenix, live))
-    app.include_router(feature_routes(features, phoenix.settings.body_limit_bytes))
+    app.include_router(feature_routes(features, live.packed_signatures, phoenix.settings.body_limit_bytes))
     app.include_router(record_routes(phoenix))
 
     @app.middleware("http")

@@ -6,7 +6,7 @@ A FastAPI route with pydantic models costs 160 to 305 µs of CPU a request, this
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from phoenix_ml.application.feedback import report_outcomes
@@ -63,14 +63,7 @@ class PredictionCalls:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """The ASGI application of the calls in ``by_path``."""
         started = time.perf_counter()
-        request_id, length, traceparent = "", 0, None
-        for name, value in scope["headers"]:
-            if name == b"x-request-id":
-                request_id = value.decode("latin-1")[:128]
-            elif name == b"content-length" and value.isdigit():
-                length = int(value)
-            elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
-                traceparent = value.decode()
+        request_id, length, traceparent = read_headers(scope["headers"])
         try:
             if length > self._body_limit_bytes:
                 raise too_large(self._body_limit_bytes)
@@ -153,6 +146,19 @@ class PredictionCalls:
         if (seconds := retry_after_s(error)) is not None:
             headers.append((b"retry-after", b"%d" % seconds))
         return status, encode_error(error), headers
+
+
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, int, str | None]:
+    """The request's id or an empty one, its body's length in bytes or 0, and its trace context, if any."""
+    request_id, length, traceparent = "", 0, None
+    for name, value in headers:
+        if name == b"x-request-id":
+            request_id = value.decode("latin-1")[:128]
+        elif name == b"content-length" and value.isdigit():
+            length = int(value)
+        elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+            traceparent = value.decode()
+    return request_id, length, traceparent
 
 
 def _request_id_header(request_id: str) -> list[tuple[bytes, bytes]]:

@@ -1,5 +1,6 @@
 """Routes of the feature store."""
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -8,6 +9,7 @@ from fastapi.responses import Response
 
 from phoenix_ml.application.features import show_features, store_features
 from phoenix_ml.application.ports import FeatureStore
+from phoenix_ml.domain.features import PackedSignature
 from phoenix_ml.domain.rows import Scalar
 from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
 
@@ -20,8 +22,10 @@ class ManyEntities(msgspec.Struct, forbid_unknown_fields=True):
     entities: dict[str, dict[str, Scalar | None]]
 
 
-def feature_routes(features: FeatureStore, body_limit_bytes: int) -> APIRouter:
-    """The feature store's routes in one API process."""
+def feature_routes(
+    features: FeatureStore, signatures: Callable[[], Sequence[PackedSignature]], body_limit_bytes: int
+) -> APIRouter:
+    """The feature store's routes in one API process; writes pack rows of the signatures."""
     router = APIRouter(tags=["features"])
 
     @router.get("/features/{entity_id:path}")
@@ -34,13 +38,13 @@ def feature_routes(features: FeatureStore, body_limit_bytes: int) -> APIRouter:
         entity_id: str, given: Annotated[Any, Depends(json_body(EntityFeatures, body_limit_bytes))]
     ) -> Response:
         """Merges features into an entity's; null removes one."""
-        return answer({"written": await store_features(features, {entity_id: given.features})})
+        return answer({"written": await store_features(features, {entity_id: given.features}, signatures())})
 
     @router.post("/features", openapi_extra=describe_body(ManyEntities))
     async def post_features(
         given: Annotated[Any, Depends(json_body(ManyEntities, body_limit_bytes))],
     ) -> Response:
         """Merges features into many entities at once."""
-        return answer({"written": await store_features(features, given.entities)})
+        return answer({"written": await store_features(features, given.entities, signatures())})
 
     return router

@@ -1,5 +1,6 @@
 """Routes of what is on record: predictions, outcomes without one, the audit log."""
 
+import threading
 from datetime import datetime
 from typing import Annotated
 
@@ -7,8 +8,10 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from phoenix_ml.application.ports import PredictionQuery
+from phoenix_ml.application.replay import replay
 from phoenix_ml.application.reports import describe_prediction, epoch_ms, iso_time, list_unmatched
 from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.domain.errors import Overloaded
 from phoenix_ml.infrastructure.http.routes import answer
 
 
@@ -43,6 +46,22 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
     def show_prediction(prediction_id: str) -> Response:
         """One prediction with its outcome, if one was reported."""
         return answer(describe_prediction(phoenix.prediction_log.get(prediction_id)))
+
+    replaying = threading.Lock()
+
+    @router.get("/predictions/{prediction_id}/replay", tags=["predictions"])
+    def replay_prediction(prediction_id: str) -> Response:
+        """The prediction, computed again from its exact inputs by its very artifact, and compared bit for bit."""
+        # Each loads a model of its own beside those that serve.
+        if not replaying.acquire(blocking=False):
+            raise Overloaded("another prediction is being replayed: try again", retry_after_s=1)
+        try:
+            replayed = replay(
+                phoenix.prediction_log, phoenix.registry, phoenix.artifacts, phoenix.engines, prediction_id
+            )
+        finally:
+            replaying.release()
+        return answer(replayed)
 
     @router.get("/feedback/unmatched", tags=["predictions"])
     def show_unmatched(

@@ -22,9 +22,14 @@ PREDICTIONS = Counter(
 FEATURE_READ_SECONDS = Histogram(
     "phoenix_feature_read_seconds", "Time to read one entity's features from the store.", ("model",)
 )
+FEATURE_CACHE_READS = Counter(
+    "phoenix_feature_cache_reads_total",
+    "Reads of one entity's features by whether the cache had them: hit or miss; none without the cache.",
+    ("outcome",),
+)
 INFERENCE_SECONDS = Histogram(
     "phoenix_inference_seconds",
-    "Time of one engine run, waiting for its thread included.",
+    "Time of one engine run, of one row or of many.",
     ("model", "version"),
 )
 FEATURE_VALUES = Counter(

@@ -2,6 +2,7 @@
 
 from phoenix_ml.domain.events import PredictionMade
 from phoenix_ml.domain.features import SOURCE_OF_LETTER
+from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import BoundCounter, BoundHistogram, MetricsWriter
 
@@ -20,9 +21,15 @@ class MetricsMeter:
         self._feature_read: dict[str, BoundHistogram] = {}
         self._sources: dict[tuple[str, str], BoundCounter] = {}
 
-    def answered(
-        self, event: PredictionMade, feature_count: int, feature_read_s: float | None, inference_s: float
-    ) -> None:
+    def ran(self, version: ModelVersion, inference_s: float) -> None:
+        inference = self._inference.get((version.model_id, version.version))
+        if inference is None:
+            inference = self._inference[version.model_id, version.version] = self._metrics.histogram(
+                catalogue.INFERENCE_SECONDS, model=version.model_id, version=version.version
+            )
+        inference.observe(inference_s)
+
+    def answered(self, event: PredictionMade, feature_count: int, feature_read_s: float | None) -> None:
         model, version = event.model_id, event.model_version
         key = (model, version, event.strategy, event.role)
         counter = self._predictions.get(key)
@@ -35,12 +42,6 @@ class MetricsMeter:
                 role=event.role.value,
             )
         counter.add()
-        inference = self._inference.get((model, version))
-        if inference is None:
-            inference = self._inference[model, version] = self._metrics.histogram(
-                catalogue.INFERENCE_SECONDS, model=model, version=version
-            )
-        inference.observe(inference_s)
         if feature_read_s is not None:
             reads = self._feature_read.get(model)
             if reads is None:
