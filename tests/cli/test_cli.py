@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,6 +31,9 @@ from pyarrow import parquet
 from servers import free_port, wait_until
 
 from phoenix_ml.cli import main
+from phoenix_ml.domain.features import PackedFeatures, packed_signature
+from phoenix_ml.domain.rows import Column, ElementType
+from phoenix_ml.infrastructure.features.sqlite import SqliteFeatures
 from phoenix_ml.infrastructure.sql.database import Database
 
 pytestmark = pytest.mark.system
@@ -547,6 +552,41 @@ def test_a_table_is_loaded_and_its_empty_cells_remove(run: Run, tmp_path: Path, 
     assert stored("cust_1") == {"income": 2100.5, "age": 30, "city": "Oslo"}
     assert stored("cust_2") == {"age": 40, "other": 2}
     assert stored("cust_3") == {"age": 50, "city": "Lima", "other": 2}
+
+
+def test_features_are_stored_packed_for_active_models(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """A prediction then reads the row that the engine takes, for one field in place of one a feature."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--activate")
+    file = tmp_path / "table.csv"
+    file.write_text("id,x_0,x_1,x_2\n7,1.5,2,3\n8,1,,3\n")
+
+    run("features", "load", str(file), "--entity", "id")
+    run("features", "put", "9", "x_0=4", "x_1=5", "x_2=6.5")
+
+    signature = packed_signature([Column(f"x_{n}", ElementType.FLOAT32) for n in range(3)])
+    assert signature is not None
+
+    async def rows() -> list[object]:
+        store = SqliteFeatures(data / "features.db")
+        try:
+            found = [await store.read_packed(entity, signature) for entity in ("7", "8", "9")]
+        finally:
+            await store.close()
+        return [answer.row if isinstance(answer, PackedFeatures) else None for answer in found]
+
+    assert [struct.pack("<3f", 1.5, 2, 3), None, struct.pack("<3f", 4, 5, 6.5)] == asyncio.run(rows())
+
+
+def test_features_are_stored_while_the_database_is_down(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feature store needs no database; that rows are not packed costs speed, not answers."""
+    monkeypatch.setenv("PHOENIX_DATABASE", f"postgresql://nobody@127.0.0.1:{free_port()}/none")
+
+    done = run("features", "put", "e", "a=1")
+
+    assert "no rows are packed" in done.stderr
+    assert json.loads(run("features", "get", "e", "--json").stdout)["features"] == {"a": 1}
 
 
 def test_numbers_name_entities_too(run: Run, tmp_path: Path) -> None:

@@ -565,6 +565,19 @@ async def test_a_failover_needs_nobody(
     assert master is not redis_sentinel.master()
 
 
+async def test_a_sentinel_that_is_behind_leads_to_no_replica(
+    open_store: Opener, redis_sentinel_url: str, redis_sentinel: RedisSentinel
+) -> None:
+    """Writes to it would fail, and its data grow old unnoticed."""
+    replica = next(server for server in redis_sentinel.servers if server is not redis_sentinel.master())
+    behind = Scripted(*[b"*2\r\n$9\r\n%b\r\n$5\r\n%d\r\n" % (HOST.encode(), replica.port)] * 50)
+    async with behind.serve() as url:
+        store = open_store(url.replace("redis://", "redis+sentinel://") + "/features")
+        with pytest.raises(FeatureStoreUnavailable, match="is a slave"):
+            await store.read("e", INTEGER)
+        await store.close()
+
+
 async def test_sentinels_that_know_no_such_service_are_named(
     open_store: Opener, redis_sentinel_url: str
 ) -> None:

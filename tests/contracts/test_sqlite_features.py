@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
 from phoenix_ml.domain.errors import FeatureStoreUnavailable
-from phoenix_ml.domain.features import FeatureType
+from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature
 from phoenix_ml.infrastructure.features.sqlite import SqliteFeatures
 
 pytestmark = pytest.mark.anyio
@@ -192,3 +193,64 @@ async def test_data_outlive_the_store_that_wrote_them(path: Path) -> None:
 
     assert stored is not None
     assert (stored.values, stored.updated_at_ms) == ({"n": 1}, 1_000)
+
+
+OF_ANOTHER_PROGRAM = {
+    "update": "UPDATE features SET updated_at_ms = 2000 WHERE entity_id = 'e'",
+    "rename": "UPDATE features SET entity_id = 'f' WHERE entity_id = 'e'",
+    "replace": "INSERT OR REPLACE INTO features SELECT * FROM features WHERE entity_id = 'e'",
+    "delete": "DELETE FROM features WHERE entity_id = 'e'",
+}
+
+
+@pytest.mark.parametrize("change", OF_ANOTHER_PROGRAM)
+async def test_whoever_changes_an_entity_drops_its_packed_rows(
+    store: SqliteFeatures, path: Path, change: str
+) -> None:
+    """An older version of this program knows nothing of them, and its writes must count."""
+    signature = PackedSignature("digest", {"a": FeatureType.FLOAT})
+    await store.write({"e": {"a": 1.0}}, 1_000, [signature])
+    with closing(sqlite3.connect(path)) as other, other:
+        before = other.execute("SELECT count(*) FROM packed").fetchone()
+        other.execute(OF_ANOTHER_PROGRAM[change])
+        after = other.execute("SELECT count(*) FROM packed").fetchone()
+
+    assert (before, after) == ((1,), (0,))
+    assert not isinstance(await store.read_packed("e", signature), PackedFeatures)
+
+
+async def test_a_file_of_an_older_version_gets_packed_rows(path: Path) -> None:
+    """Upgrading the program is enough."""
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as old, old:
+        old.execute(
+            'CREATE TABLE features (entity_id TEXT PRIMARY KEY, "values" BLOB NOT NULL, '
+            "updated_at_ms INTEGER, at_ms BLOB) STRICT"
+        )
+    store = SqliteFeatures(path)
+    signature = PackedSignature("digest", {"a": FeatureType.FLOAT})
+
+    await store.write({"e": {"a": 1.0}}, 1_000, [signature])
+
+    assert PackedFeatures(b"\0\0\x80?", 1_000) == await store.read_packed("e", signature)
+    await store.close()
+
+
+async def test_reads_of_one_tick_see_one_state_and_later_ones_the_newest(
+    store: SqliteFeatures, path: Path
+) -> None:
+    """They share a transaction, which must not outlive the tick: a write that was confirmed is read."""
+    await store.write({"e": {"n": 0}}, 1_000)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        found = []
+        for n in range(1, 4):
+            of_a_tick = [await store.read("e", INTEGER), await store.read("e", INTEGER)]
+            other.execute("UPDATE features SET updated_at_ms = ?", (n,))
+            of_a_tick.append(await store.read("e", INTEGER))
+            found.append([stored.updated_at_ms for stored in of_a_tick if stored is not None])
+            await asyncio.sleep(0)
+        last = await store.read("e", INTEGER)
+
+    assert found == [[1_000] * 3, [1] * 3, [2] * 3]
+    assert last is not None
+    assert last.updated_at_ms == 3

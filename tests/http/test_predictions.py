@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import struct
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,7 +26,8 @@ from lanes import (
 from phoenix_server import PhoenixServer
 
 from phoenix_ml.bootstrap import open_features
-from phoenix_ml.domain.rows import Scalar
+from phoenix_ml.domain.features import PackedFeatures, packed_signature
+from phoenix_ml.domain.rows import Column, ElementType, Scalar
 
 pytestmark = pytest.mark.system
 
@@ -49,6 +51,28 @@ def write_aged(server: PhoenixServer, entity_id: str, age_s: float, **features: 
             await store.close()
 
     asyncio.run(write())
+
+
+def test_features_put_over_http_are_stored_packed_and_answered_the_same(
+    server: PhoenixServer, lane: Lane
+) -> None:
+    """Who stores features by requests gets the short way too, and the same answer on it."""
+    entity = unique()
+    ok(lane.request("PUT", f"/features/{entity}", json={"features": {"a": 1, "b": 2.5, "c": -3}}))
+    signature = packed_signature([Column(name, ElementType.FLOAT32) for name in "abc"])
+    assert signature is not None
+
+    async def packed() -> object:
+        store = open_features(server.settings)
+        try:
+            return await store.read_packed(entity, signature)
+        finally:
+            await store.close()
+
+    answer = asyncio.run(packed())
+    assert isinstance(answer, PackedFeatures)
+    assert answer.row == struct.pack("<3f", 1, 2.5, -3)
+    assert predict(lane, model_id="abc", entity_id=entity)["result"] == 1 + 5 - 9 + 1000
 
 
 def test_stored_features_of_an_entity_are_answered_and_logged_as_from_the_store(lane: Lane) -> None:

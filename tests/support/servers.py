@@ -367,7 +367,8 @@ class RedisSentinel(RedisServer):
             # Sentinels do so, too, after 10 s.
             if server is not master:
                 ask_redis(server.url, "REPLICAOF", HOST, master.port)
-        wait_until(self._has_replica, START_DEADLINE_S, "one server follows the other")
+        # After a failover a sentinel takes up to 20 s to believe it.
+        wait_until(self._has_replica, 2 * START_DEADLINE_S, "one server follows the other")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,5 +1,6 @@
 """A contract finds each value of a row in the right place, and says where it found it."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from phoenix_ml.domain.features import (
     Source,
     StoredFeatures,
     check_feature_name,
+    packed_signature,
 )
 from phoenix_ml.domain.rows import Column, ElementType, Scalar
 
@@ -381,3 +383,30 @@ def test_names_that_stores_need_for_themselves_are_refused(name: str) -> None:
 def test_other_names_are_allowed(name: str) -> None:
     """Names come from data frames, and those are people's own."""
     check_feature_name(name)
+
+
+def test_a_signature_of_float32_has_a_digest_of_its_names_in_order() -> None:
+    """The digest names rows in the store: what is documented must find them in every version of the program."""
+    signature = packed_signature([Column(name, ElementType.FLOAT32) for name in ("a", "bc")])
+
+    assert signature is not None
+    assert signature.types == {"a": FLOAT, "bc": FLOAT}
+    assert hashlib.blake2b(b"1:a2:bc", digest_size=8).hexdigest() == signature.digest
+
+
+@given(
+    st.lists(st.lists(st.text(max_size=3), min_size=1, max_size=3, unique=True), unique_by=tuple, min_size=2)
+)
+def test_no_two_signatures_share_their_rows(signatures: list[list[str]]) -> None:
+    """A row under the wrong names would be another model's input."""
+    made = [packed_signature([Column(name, ElementType.FLOAT32) for name in names]) for names in signatures]
+
+    assert len(signatures) == len({signature.digest for signature in made if signature is not None})
+
+
+@pytest.mark.parametrize("elements", [[], [ElementType.FLOAT64], [ElementType.FLOAT32, ElementType.INT64]])
+def test_only_signatures_of_float32_are_packed(elements: list[ElementType]) -> None:
+    """Another element in the row would be cut to a float32."""
+    columns = [Column(f"f{n}", element) for n, element in enumerate(elements)]
+
+    assert packed_signature(columns) is None

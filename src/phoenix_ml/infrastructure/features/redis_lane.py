@@ -53,7 +53,8 @@ class Connection(asyncio.Protocol):
         if sock is not None and sock.family != socket.AF_UNIX:
             # Finds out that the other side has gone, and keeps what lies between from forgetting an idle connection.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_BEFORE_PROBE_S)
+            if hasattr(socket, "TCP_KEEPIDLE"):  # not on every system
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_BEFORE_PROBE_S)
 
     def data_received(self, data: bytes) -> None:
         self.has_answered = True

@@ -4,8 +4,8 @@ A read is one SELECT by primary key, done on the event loop: 10 µs for 30 featu
 thread would cost 100. In WAL mode a reader never waits for a writer. Writes may wait, for a writer
 in another process, so they always take the hop.
 
-The reads of one tick of the event loop share a transaction, since to begin and end one is half of a read (6 µs alone,
-3 in a transaction). It ends before the loop hears of a write that ended after it began, so a caller who has seen
+The reads of one tick of the event loop, from the second on, share a transaction, since to begin and end one is half of
+a read (6 µs alone, 3 in a transaction). It ends before the loop hears of a write that ended after it began, so a caller who has seen
 a write end reads what it wrote.
 """
 
@@ -97,7 +97,7 @@ class SqliteFeatures:
         self._path = path
         self._natives: dict[int, _Natives] = {}
         self._packed: dict[str, PackedReads] = {}
-        self._is_reading = False
+        self._reads_of_tick = 0
         # asyncio.to_thread cannot be stopped: after a cancelled write its thread still owns the connection.
         self._writing = threading.Lock()
         with self._named():
@@ -167,7 +167,7 @@ class SqliteFeatures:
 
     async def close(self) -> None:
         """Lets a write that is under way end, then closes the file."""
-        self._end_read()
+        self._end_reads()
         await asyncio.to_thread(self._close)
 
     def _remember(self, types: Mapping[str, FeatureType]) -> "_Natives":
@@ -197,10 +197,11 @@ class SqliteFeatures:
 
     def _fetch(self, query: str, key: tuple[str, ...]) -> Any:
         try:
-            if not self._is_reading:
-                asyncio.get_running_loop().call_soon(self._end_read)
+            if self._reads_of_tick == 0:
+                asyncio.get_running_loop().call_soon(self._end_reads)
+            elif self._reads_of_tick == 1:
                 self._reader.execute("BEGIN")
-                self._is_reading = True
+            self._reads_of_tick += 1
             return self._reader.execute(query, key).fetchone()
         except UnicodeEncodeError:
             # A lone surrogate, such as a shell can pass: no such entity can have been written.
@@ -208,9 +209,9 @@ class SqliteFeatures:
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
 
-    def _end_read(self) -> None:
-        if self._is_reading:
-            self._is_reading = False
+    def _end_reads(self) -> None:
+        several, self._reads_of_tick = self._reads_of_tick > 1, 0
+        if several:
             # Some errors have ended it already, and so has close() when a read came after it.
             with suppress(sqlite3.ProgrammingError):
                 if self._reader.in_transaction:
