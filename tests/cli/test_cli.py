@@ -131,6 +131,7 @@ def test_the_verbs_of_the_architecture_are_there() -> None:
         "features get",
         "features put",
         "predict",
+        "bench",
         "predictions list",
         "predictions show",
         "predictions replay",

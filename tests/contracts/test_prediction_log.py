@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -194,6 +195,10 @@ def test_an_event_that_fits_no_row_is_rejected_or_stored_but_nothing_foreign_is_
         outcome(new_id(), observed_at_ms=10**17),
         outcome(new_id(), observed_at_ms=-(10**17)),
         outcome(new_id(), observed_at_ms=2**64 - 1),
+        prediction(result={None: 1}),
+        outcome(new_id(), msgspec.msgpack.Ext(1, b"what JSON has no word for")),
+        # Longer than PostgreSQL can index, even compressed.
+        prediction(entity_id=random.Random(7).randbytes(4000).hex()),
     ):
         with suppress(EventRejected):
             log.write(recorded(broken))

@@ -294,6 +294,18 @@ def one_row_inside(width: int = 2) -> bytes:
     return _model(nodes, [_value("x", FLOAT, ("n", width))], [_value("y", FLOAT, ("n", 1))], initializers)
 
 
+def rows_above(bound: float = -1000.0) -> bytes:
+    """Answers the rows above the bound alone: so many as there are, whatever was asked."""
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["bound"], value_float=float(bound)),
+        onnx.helper.make_node("Greater", ["x", "bound"], ["is_above"]),
+        onnx.helper.make_node("Constant", [], ["flat"], value_ints=[-1]),
+        onnx.helper.make_node("Reshape", ["is_above", "flat"], ["chosen"]),
+        onnx.helper.make_node("Compress", ["x", "chosen"], ["y"], axis=0),
+    ]
+    return _model(nodes, [_value("x", FLOAT, [None, 1])], [_value("y", FLOAT, [None, 1])])
+
+
 def positive_columns(width: int = 3) -> bytes:
     """``y`` has those columns of ``x`` in which any row is above zero: its width differs from run to run."""
     nodes = [

@@ -5,7 +5,7 @@ in the log, once, as it was answered, and no caller has waited for it.
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +13,14 @@ import httpx
 import msgspec
 import psycopg
 import pytest
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from numbered import MODEL, assert_exactly_once, make_body, register_champion_and_challenger
 from phoenix_server import PhoenixServer
@@ -196,7 +203,17 @@ class Group:
     def _ends(self) -> dict[int, int]:
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         asked = {TopicPartition(self._topic, number): latest for number in range(PARTITIONS)}
-        ends = {p.partition: f.result().offset for p, f in self._admin.list_offsets(asked).items()}
+        ends: dict[int, int] = {}
+
+        def asked_all() -> bool:
+            # A broker that was frozen or killed takes a moment to agree with itself about who leads.
+            with suppress(KafkaException):
+                found = self._admin.list_offsets(asked).items()
+                ends.update({p.partition: f.result().offset for p, f in found})
+                return True
+            return False
+
+        wait_until(asked_all, 30, "Kafka tells the ends of its partitions")
         return {number: end for number, end in ends.items() if end > 0}
 
     def _committed(self) -> dict[int, int]:

@@ -266,7 +266,7 @@ def test_log_role_by_itself_writes_what_a_server_without_one_has_answered(tmp_pa
 
     assert list(slots) == ["api-0"]
     assert before["status"] == "degraded"
-    assert "no log role" in before["checks"]["log"]
+    assert "no role takes them from there" in before["checks"]["log"]
     assert after["status"] == "ok"
     assert worker.wait(30) == 0
     assert_exactly_once(traffic, rows)

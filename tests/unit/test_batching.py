@@ -4,6 +4,7 @@ import asyncio
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from inprocess import Server, one
 
 from phoenix_ml.application.predict import Answer
 from phoenix_ml.domain.errors import InferenceFailed, JournalFull, Overloaded, PhoenixError
+from phoenix_ml.infrastructure.telemetry import catalogue
+from phoenix_ml.infrastructure.telemetry.metrics import MetricsFullError
 
 WIDTH = 3
 
@@ -138,6 +141,35 @@ def test_a_row_that_the_runtime_refuses_fails_alone(server: Server) -> None:
     assert [type(answer) for answer in found] == [Answer, InferenceFailed, Answer, Answer]
     ran_alone = [(a.event.batch_size, a.event.batch_position) for a in found if isinstance(a, Answer)]
     assert ran_alone == [(1, 0)] * 3
+
+
+def test_a_model_that_drops_rows_by_their_values_fails_the_caller_whose_row_it_dropped(
+    server: Server,
+) -> None:
+    """Nobody may get a neighbour's answer, nor none at all, because one row is gone."""
+    server.serve(onnx_models.rows_above(-1000), batches=True)
+
+    first, *found = server.ask([[1.0], [2.0], [-3000.0], [4.0]])
+
+    assert isinstance(first, Answer)
+    assert [type(answer) for answer in found] == [Answer, InferenceFailed, Answer]
+    assert [a.event.result for a in found if isinstance(a, Answer)] == [2.0, 4.0]
+
+
+def test_answers_leave_even_where_no_new_metric_has_room(server: Server) -> None:
+    """A disk that is full for metrics must not cost anybody an answer that is on record."""
+    server.serve(onnx_models.linear_regressor(WIDTH), batches=True)
+
+    def use_all_room() -> None:
+        for number in count():
+            server.metrics.counter(catalogue.MODEL_LOADS, model=f"m{number}", version="1", outcome="loaded")
+
+    with pytest.raises(MetricsFullError):
+        use_all_room()
+
+    answers = answered(server.ask(rows(5)))
+
+    assert {a.event.id for a in answers} == set(server.recorded())
 
 
 def test_all_answers_of_a_run_are_on_record_before_they_leave(server: Server) -> None:

@@ -201,6 +201,7 @@ def test_events_of_a_later_version_wait_for_an_update(version_1: LocalEvents) ->
         (b"", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
         (b"\x92\xc0\xc0", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
         (b"\xc1", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
+        (b"\x91" * 5000, [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
     ],
 )
 def test_a_foreign_message_is_unreadable_and_says_why(

@@ -435,6 +435,18 @@ def test_a_client_that_does_not_read_its_answers_is_uvicorns_affair(platform: Pl
     assert run(ask) == (b"", True)
 
 
+def test_a_head_that_is_too_large_after_an_answer_that_was_waited_for(platform: Platform) -> None:
+    """What the hot lane leaves behind on a connection must be what uvicorn's parser expects."""
+    head, _, body = post(GOOD).partition(b"\r\n\r\n")
+    large = post(GOOD, b"x-a: " + b"a" * 70_000)
+    pieces = [head + b"\r\n\r\n", body, large[:40_000], large[40_000:66_000], large[66_000:]]
+
+    answers, was_closed = platform.send("hot", pieces)
+
+    assert ([answer[0] for answer in answers], was_closed) == ([200, 431], True)
+    assert (answers, was_closed) == platform.send("uvicorn", pieces)
+
+
 def test_a_body_that_comes_later_than_its_head_stays_in_the_hot_lane(platform: Platform) -> None:
     """Most client libraries send the two in two pieces."""
 

@@ -97,7 +97,13 @@ class Batcher(Generic[R]):
         queue.is_busy = bool(rows)
         if not rows:
             return
-        run = asyncio.get_running_loop().run_in_executor(served.executor, _run, served.engine, rows)
+        try:
+            run = asyncio.get_running_loop().run_in_executor(served.executor, _run, served.engine, rows)
+        except RuntimeError as exc:  # no thread can be started; the next request may try
+            queue.is_busy = False
+            rows, queue.rows = rows + queue.rows, []
+            self._finish(rows, exc, 0.0)
+            return
 
         def settle(run: "asyncio.Future[Ran[R]]") -> None:
             self._run_next(served)  # first: the thread need not wait until answers are written

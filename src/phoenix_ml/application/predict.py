@@ -15,6 +15,7 @@ from phoenix_ml.domain.errors import (
     EntityUnknown,
     FeatureMissing,
     FeatureStoreUnavailable,
+    InternalError,
     InvalidField,
     Overloaded,
     PhoenixError,
@@ -244,18 +245,20 @@ class Predict:
             _fail(rows, outputs)
             return
         model = rows[-1].model
-        self._meter.ran(rows[-1].served.version, inference_s)
-        # One write for all: by itself each costs 2 µs.
-        events = [_event(row, outputs, position, len(rows)) for position, row in enumerate(rows)]
         try:
+            self._meter.ran(rows[-1].served.version, inference_s)
+            events = [_event(row, outputs, position, len(rows)) for position, row in enumerate(rows)]
+            # One write for all: by itself each costs 2 µs.
             self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         except Exception as exc:  # noqa: BLE001 - every caller gets an answer, and nobody else would tell them
             _fail(rows, exc)
             return
         for row, event in zip(rows, events, strict=True):
-            self._count(event, row)
+            # First: whatever counting comes to, this row has its answer, and the others get theirs.
             if row.answer is not None and not row.answer.done():
                 row.answer.set_result(event)
+        for row, event in zip(rows, events, strict=True):
+            self._count(event, row)
 
     def _count(self, event: PredictionMade, row: _Row) -> None:
         self._meter.answered(event, len(row.served.contract.names), row.reading.took_s)
@@ -320,6 +323,9 @@ class Predict:
                 exc.message,
                 extra={"code": exc.code, "prediction_id": answered.id},
             )
+        except Exception:
+            self._meter.shadow_failed(model.model_id, version, InternalError.code)
+            log.exception("shadow %s %s failed: a defect on our side", model.model_id, version)
 
 
 def _resolve(

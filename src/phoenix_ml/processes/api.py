@@ -197,9 +197,9 @@ async def _keep_journal(journal: JournalWriter, metrics: MetricsWriter, every_s:
         try:
             await asyncio.to_thread(journal.sync)
             journal.rotate_if_old()
+            stored_bytes.set(journal.stored_bytes)
         except OSError as exc:
             log.error("the journal cannot be forced to disk: %s", exc)  # noqa: TRY400 - the reason says it all
-        stored_bytes.set(journal.stored_bytes)
 
 
 async def _announce(

@@ -62,6 +62,7 @@ class LogRole:
         self._unmatched = metrics.gauge(catalogue.OUTCOMES_UNMATCHED)
         self._unmatched_at = float("-inf")
         self._complained_at = float("-inf")
+        self._max_events = _MAX_EVENTS
 
     def run(self, stopping: threading.Event) -> None:
         """Returns after ``stopping`` is set: with ``drains`` when nothing is left to log, else after the batch
@@ -70,6 +71,7 @@ class LogRole:
         backoff_s = _PAUSE_S
         while True:
             was_stopping = stopping.is_set()
+            asked = self._max_events
             try:
                 moved = self.step()
                 backoff_s = _PAUSE_S
@@ -86,12 +88,20 @@ class LogRole:
                 continue
             if was_stopping and not (moved and self._drains):
                 return
-            if moved < _MAX_EVENTS:
+            if moved < asked:
                 stopping.wait(_PAUSE_S)
 
     def step(self) -> int:
         """How many events were moved. Raises DatabaseUnavailable and EventsUnavailable."""
-        moved = record_events(self._events, self._phoenix.prediction_log, self._bury, max_events=_MAX_EVENTS)
+        try:
+            moved = record_events(
+                self._events, self._phoenix.prediction_log, self._bury, max_events=self._max_events
+            )
+        except DatabaseUnavailable:
+            # Perhaps these are more, or larger, than it can take in the time that a statement has.
+            self._max_events = max(1, self._max_events // 2)
+            raise
+        self._max_events = min(_MAX_EVENTS, self._max_events * 2)
         self._rows.add(moved.new_rows)
         self._dead_total.add(moved.dead)
         now = time.time()

@@ -83,7 +83,7 @@ class Child:
         self._short_lives = self._short_lives + 1 if now - self._started_at < _SHORT_LIFE_S else 0
         self._process = None
         self.restart_at = now + (
-            min(_LONGEST_PAUSE_S, 0.1 * 2**self._short_lives) if self._short_lives > 1 else 0.0
+            min(_LONGEST_PAUSE_S, 0.1 * 2 ** min(self._short_lives, 10)) if self._short_lives > 1 else 0.0
         )
         return self._short_lives < _SHORT_LIVES or self.is_ready
 

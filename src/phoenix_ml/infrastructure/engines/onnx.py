@@ -210,6 +210,11 @@ class OnnxEngine:
         except _RUNTIME_ERRORS as exc:
             raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
         count = len(rows)
+        if any(len(output) != count for output in outputs):
+            raise InferenceFailed(
+                f"the model answered {count} rows with {' and '.join(str(len(o)) for o in outputs)}: it drops or adds "
+                "rows, depending on their values",
+            )
         if count <= self._bound_rows:
             if all(_is_bindable(output, count) for output in outputs):
                 spec, width, _, dtype = self._inputs[0]

@@ -102,7 +102,7 @@ def decode_message(
         payload, columns = _messages.decode(value)
         event = _events.decode(payload)
         row_format = _row_format(bytes(columns)) if isinstance(event, PredictionMade) else None
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         return UnreadableEvent(value, f"not an event: {exc}", origin)
     return RecordedEvent(event, value, row_format, origin)
 

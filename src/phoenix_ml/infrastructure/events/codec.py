@@ -27,7 +27,7 @@ def decode_event(payload: bytes, schema: bytes, origin: Any = None) -> RecordedE
             formats = {version: RowFormat(columns) for version, columns in columns_of.items()}
             _known_formats[schema] = formats
         return RecordedEvent(event, payload, formats[event.model_version], origin)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         return UnreadableEvent(payload, f"not an event: {exc}", origin)
     except KeyError:
         return UnreadableEvent(payload, "the event's schema does not describe its version", origin)

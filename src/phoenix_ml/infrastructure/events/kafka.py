@@ -222,11 +222,14 @@ class KafkaOutbox:
         name = self._kafka.full_name(topic)
         for message in messages:
             self._produce(name, message, keep_waiting)
-        while self._producer.flush(0.25):
-            keep_waiting()
+        try:
+            while self._producer.flush(0.25):
+                keep_waiting()
+        except KafkaException as exc:  # a fatal error comes like this
+            self._failure = exc.args[0]
         failure = self._noted_failure()
         if failure is not None:
-            if failure.fatal():
+            if failure.fatal() or failure.code() == KafkaError._FATAL:
                 # An idempotent producer that lost its place cannot go on; a new one can, and ids are keys.
                 self._producer = self._new_producer()
             raise self._kafka.unavailable(failure)
@@ -252,7 +255,8 @@ class KafkaOutbox:
                     headers=headers,  # type: ignore[arg-type]
                 )
             except BufferError:
-                self._producer.poll(0.25)
+                with contextlib.suppress(KafkaException):  # a fatal error, which the next call tells as well
+                    self._producer.poll(0.25)
                 keep_waiting()
             except KafkaException as exc:
                 self._note(exc.args[0], value)
@@ -533,15 +537,21 @@ class ModelAnnouncer:
 
 def follow_changes(kafka: Kafka, on_change: Callable[[], None], stopping: threading.Event) -> None:
     """Calls ``on_change`` at each announcement, from this thread, until ``stopping`` is set."""
-    consumer = kafka.consumer("phoenix-api", **{"fetch.wait.max.ms": 500})
-    try:
-        consumer.assign([TopicPartition(kafka.full_name(MODEL_EVENTS), 0, OFFSET_END)])
-        while not stopping.is_set():
-            message = consumer.poll(0.5)
-            if message is not None and message.error() is None:
-                on_change()
-    finally:
-        consumer.close()
+    while not stopping.is_set():
+        consumer = kafka.consumer("phoenix-api", **{"fetch.wait.max.ms": 500})
+        try:
+            consumer.assign([TopicPartition(kafka.full_name(MODEL_EVENTS), 0, OFFSET_END)])
+            while not stopping.is_set():
+                message = consumer.poll(0.5)
+                if message is not None and message.error() is None:
+                    on_change()
+        except KafkaException as exc:
+            log.warning(
+                "changes of models are not followed at once, but when the registry is polled: %s", exc
+            )
+            stopping.wait(_PATIENCE_S)
+        finally:
+            consumer.close()
 
 
 def _created(result: Callable[[], Any]) -> None:

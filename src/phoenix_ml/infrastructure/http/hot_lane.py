@@ -5,6 +5,7 @@ other request, and every odd one, goes uvicorn's own way, so what the two do mus
 runs over both.
 """
 
+import logging
 from asyncio import Future
 from collections.abc import Coroutine
 from http import HTTPStatus
@@ -13,10 +14,13 @@ from typing import Any, Final, NamedTuple
 
 import httptools
 
-from phoenix_ml.infrastructure.http.calls import Answer, PredictionCalls, read_headers
+from phoenix_ml.domain.errors import InternalError
+from phoenix_ml.infrastructure.http.calls import DEFECT, Answer, PredictionCalls, read_headers
+from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.origins import Check
 from phoenix_ml.infrastructure.http.protocol import BoundedHeads
 
+log = logging.getLogger(__name__)
 _REQUEST_LINE: Final = b"POST /predict HTTP/1.1\r\n"
 _END_OF_HEAD: Final = b"\r\n\r\n"
 # Larger ones are rare, and uvicorn's way with them is not much dearer.
@@ -109,6 +113,7 @@ class _InFlight:
     """Stands in uvicorn's ``cycle`` while an answer of the hot lane is on its way, so that a stop waits for it."""
 
     message_event = _NoEvent()
+    scope = None
 
     def __init__(self) -> None:
         self.response_complete = True
@@ -201,9 +206,17 @@ class HotLane(BoundedHeads):
             awaited = work.send(None)
         except StopIteration as done:
             self._reply(done.value)
+        except Exception:  # noqa: BLE001 - logged there; every request gets an answer
+            self._break_down()
         else:
             self._begin()
             _resume_after(awaited, work, self)
+
+    def _break_down(self) -> None:
+        """What ASGI's errors come to with uvicorn."""
+        log.exception("a request could not be answered: a defect on our side")
+        self._in_flight.keep_alive = False
+        self._reply((500, encode_error(InternalError(DEFECT)), []))
 
     def _reply(self, answer: Answer) -> None:
         in_flight = self._in_flight
@@ -240,9 +253,8 @@ def _resume_after(awaited: "Future[Any]", work: Coroutine[Any, Any, Answer], con
             awaited = work.send(None)
         except StopIteration as done:
             connection._reply(done.value)
-        except BaseException:
-            connection.transport.abort()
-            raise
+        except Exception:  # noqa: BLE001 - logged there; every request gets an answer
+            connection._break_down()
         else:
             _resume_after(awaited, work, connection)
 

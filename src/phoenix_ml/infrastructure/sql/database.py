@@ -50,9 +50,9 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError as exc:
+        except (ArgumentError, ValueError) as exc:  # without the URL, which may hold a password
             raise Misconfigured(
-                f"PHOENIX_DATABASE: {url!r} is no database URL; use sqlite:///FILE or postgresql://…"
+                "PHOENIX_DATABASE: this is no database URL; use sqlite:///FILE or postgresql://USER@HOST:PORT/NAME"
             ) from exc
         # A row of the prediction log has five JSON columns: `json` takes 3.4 µs each, msgspec 0.5.
         options: dict[str, Any] = {"json_serializer": _to_json, "json_deserializer": msgspec.json.decode}
@@ -73,7 +73,8 @@ class Database:
             raise Misconfigured(
                 f"PHOENIX_DATABASE: scheme {parsed.drivername!r} is not known; known are sqlite, postgresql"
             )
-        self.name = parsed.render_as_string(hide_password=True)
+        # Without the query, where a password may stand as well.
+        self.name = parsed.set(query={}).render_as_string(hide_password=True)
         self._path = Path(parsed.database or "") if self.is_sqlite else None
         self._silence_s = _SILENCE_S
         try:
@@ -206,11 +207,19 @@ class Database:
         except (IntegrityError, DataError):
             raise
         except (OperationalError, DBAPIError, PoolTimeoutError) as exc:
+            if isinstance(exc, DBAPIError) and _is_beyond_limits(exc):
+                raise
             words = str(exc.orig if isinstance(exc, DBAPIError) else exc).strip()
             reason = words.partition("\n")[0] or type(exc).__name__
             raise DatabaseUnavailable(
                 f"the database {self.name} does not answer: {reason}", database=self.name
             ) from exc
+
+
+def _is_beyond_limits(error: DBAPIError) -> bool:
+    """Whether PostgreSQL refuses the values as beyond its limits, such as an index's: it would for ever."""
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return state.startswith("54")
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class SqlPredictionLog:
                 return self._store(connection, made, reported)
         except StatementError as exc:
             raise EventRejected(str(exc.orig).strip()) from exc
-        except (OverflowError, ValueError) as exc:
+        except (OverflowError, ValueError, TypeError, RecursionError) as exc:
+            # The last two: JSON has no such value, or not so deep.
             raise EventRejected(str(exc)) from exc
 
     def get(self, prediction_id: str) -> LoggedPrediction:

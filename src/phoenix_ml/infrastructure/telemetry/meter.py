@@ -1,11 +1,22 @@
 """The use cases' ``Meter``, and the request counts of the HTTP layer, on bound metrics."""
 
+import logging
+from array import array
+
 from phoenix_ml.domain.events import PredictionMade
 from phoenix_ml.domain.features import SOURCE_OF_LETTER
 from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.infrastructure.telemetry import catalogue
-from phoenix_ml.infrastructure.telemetry.metrics import BoundCounter, BoundHistogram, MetricsWriter
+from phoenix_ml.infrastructure.telemetry.metrics import (
+    BoundCounter,
+    BoundHistogram,
+    Counter,
+    Histogram,
+    MetricsFullError,
+    MetricsWriter,
+)
 
+log = logging.getLogger(__name__)
 OTHER = "other"
 
 
@@ -14,6 +25,7 @@ class MetricsMeter:
 
     def __init__(self, metrics: MetricsWriter) -> None:
         self._metrics = metrics
+        self._has_complained = False
         self._predictions: dict[tuple[str, str, str, str], BoundCounter] = {}
         self._requests: dict[tuple[str, str, str, int], BoundCounter] = {}
         self._request_seconds: dict[tuple[str, str], BoundHistogram] = {}
@@ -21,10 +33,32 @@ class MetricsMeter:
         self._feature_read: dict[str, BoundHistogram] = {}
         self._sources: dict[tuple[str, str], BoundCounter] = {}
 
+    def _counter(self, definition: Counter, **labels: str) -> BoundCounter:
+        """The counter; where a full disk has no room for a new one, one that nobody sees."""
+        try:
+            return self._metrics.counter(definition, **labels)
+        except (OSError, MetricsFullError) as exc:
+            self._complain(exc)
+            return BoundCounter(memoryview(array("d", [0.0])))
+
+    def _histogram(self, definition: Histogram, **labels: str) -> BoundHistogram:
+        try:
+            return self._metrics.histogram(definition, **labels)
+        except (OSError, MetricsFullError) as exc:
+            self._complain(exc)
+            return BoundHistogram(
+                definition.buckets, memoryview(array("d", bytes(8 * (len(definition.buckets) + 2))))
+            )
+
+    def _complain(self, exc: Exception) -> None:
+        if not self._has_complained:
+            self._has_complained = True
+            log.error("some metrics of this process are not counted until it is started again: %s", exc)
+
     def ran(self, version: ModelVersion, inference_s: float) -> None:
         inference = self._inference.get((version.model_id, version.version))
         if inference is None:
-            inference = self._inference[version.model_id, version.version] = self._metrics.histogram(
+            inference = self._inference[version.model_id, version.version] = self._histogram(
                 catalogue.INFERENCE_SECONDS, model=version.model_id, version=version.version
             )
         inference.observe(inference_s)
@@ -34,7 +68,7 @@ class MetricsMeter:
         key = (model, version, event.strategy, event.role)
         counter = self._predictions.get(key)
         if counter is None:
-            counter = self._predictions[key] = self._metrics.counter(
+            counter = self._predictions[key] = self._counter(
                 catalogue.PREDICTIONS,
                 model=model,
                 version=version,
@@ -45,7 +79,7 @@ class MetricsMeter:
         if feature_read_s is not None:
             reads = self._feature_read.get(model)
             if reads is None:
-                reads = self._feature_read[model] = self._metrics.histogram(
+                reads = self._feature_read[model] = self._histogram(
                     catalogue.FEATURE_READ_SECONDS, model=model
                 )
             reads.observe(feature_read_s)
@@ -60,37 +94,37 @@ class MetricsMeter:
         """One HTTP request was answered. The names must be registered ones or ``OTHER``."""
         counter = self._requests.get((model, version, role, code))
         if counter is None:
-            counter = self._requests[model, version, role, code] = self._metrics.counter(
+            counter = self._requests[model, version, role, code] = self._counter(
                 catalogue.REQUESTS, model=model, version=version, role=role, code=str(code)
             )
         counter.add()
         histogram = self._request_seconds.get((model, version))
         if histogram is None:
-            histogram = self._request_seconds[model, version] = self._metrics.histogram(
+            histogram = self._request_seconds[model, version] = self._histogram(
                 catalogue.REQUEST_SECONDS, model=model, version=version
             )
         histogram.observe(seconds)
 
     def journal_refused(self) -> None:
         """A request was refused because it could not be put on record."""
-        self._metrics.counter(catalogue.JOURNAL_REFUSED).add()
+        self._counter(catalogue.JOURNAL_REFUSED).add()
 
     def shadow_failed(self, model_id: str, version: str, code: str) -> None:
-        self._metrics.counter(catalogue.SHADOW_FAILURES, model=model_id, version=version, code=code).add()
+        self._counter(catalogue.SHADOW_FAILURES, model=model_id, version=version, code=code).add()
 
     def loaded(self, model_id: str, version: str, load_s: float) -> None:
         labels = {"model": model_id, "version": version}
-        self._metrics.counter(catalogue.MODEL_LOADS, **labels, outcome="loaded").add()
-        self._metrics.histogram(catalogue.MODEL_LOAD_SECONDS, **labels).observe(load_s)
+        self._counter(catalogue.MODEL_LOADS, **labels, outcome="loaded").add()
+        self._histogram(catalogue.MODEL_LOAD_SECONDS, **labels).observe(load_s)
 
     def load_failed(self, model_id: str, version: str) -> None:
         labels = {"model": model_id, "version": version}
-        self._metrics.counter(catalogue.MODEL_LOADS, **labels, outcome="failed").add()
+        self._counter(catalogue.MODEL_LOADS, **labels, outcome="failed").add()
 
     def _source(self, model: str, letter: str) -> BoundCounter:
         counter = self._sources.get((model, letter))
         if counter is None:
-            counter = self._sources[model, letter] = self._metrics.counter(
+            counter = self._sources[model, letter] = self._counter(
                 catalogue.FEATURE_VALUES, model=model, source=SOURCE_OF_LETTER[letter]
             )
         return counter
