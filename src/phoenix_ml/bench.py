@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import uvloop
+from msgspec import Struct
 
 from phoenix_ml.domain.errors import InvalidField
 
@@ -125,6 +126,48 @@ def _links(process: Path) -> set[str]:
     return found
 
 
+class Run(Struct, frozen=True):
+    """One run as it is shown; what cannot be known is None. CPU is that of so many processes that serve."""
+
+    connections: int
+    rate: float | None
+    seconds: float
+    requests: int
+    requests_per_second: float
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    errors: dict[str, int]
+    cpu_us_per_request: float | None
+    cpu_processes: int
+
+
+def run_on(
+    target: Target, requests: Sequence[bytes], connections: int, seconds: float, rate: float | None = None
+) -> Run:
+    """One load, and the CPU time that it took the server where that is on this machine."""
+    is_here = target.host in ("localhost", "::1") or target.host.startswith("127.")
+    pids = listening_pids(target.port) if is_here else []
+    before = sum(map(cpu_seconds, pids))
+    load = run_load(target, requests, connections, seconds, rate)
+    spent = sum(map(cpu_seconds, pids)) - before
+    is_known = bool(pids) and load.requests > 0 and pids == listening_pids(target.port)
+    p50, p95, p99 = (round(load.quantile_ms(q), 3) if load.requests else None for q in (0.5, 0.95, 0.99))
+    return Run(
+        connections=connections,
+        rate=rate,
+        seconds=round(load.seconds, 3),
+        requests=load.requests,
+        requests_per_second=round(load.requests / load.seconds, 1),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        errors=dict(load.errors),
+        cpu_us_per_request=round(spent / load.requests * 1e6, 1) if is_known else None,
+        cpu_processes=len(pids),
+    )
+
+
 class _Pace(Protocol):
     """Says what a connection that has nothing in flight does next."""
 
@@ -208,7 +251,8 @@ class _Connection(asyncio.Protocol):
         if self._buffer:
             data = self._buffer + data
         end = data.find(_END_OF_HEAD)
-        if end < 0 or not _is_whole(data, end):
+        head = data[:end].lower()
+        if end < 0 or not _is_whole(data, head):
             self._buffer = data
             return
         now = time.perf_counter()
@@ -223,7 +267,9 @@ class _Connection(asyncio.Protocol):
         tally.last_at = now
         if data[9:10] != b"2":
             tally.errors[f"status {data[9:12].decode(errors='replace')}"] += 1
-        if not self._transport.is_closing():
+        if b"\r\nconnection: close" in head:
+            self.close()
+        elif not self._transport.is_closing():
             self._pace.free(self, now)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -248,12 +294,11 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
 
-def _is_whole(data: bytes, end: int) -> bool:
-    """Whether the answer whose head ends there is all there; chunks are looked at as far as one answer needs it."""
-    head = data[:end].lower()
+def _is_whole(data: bytes, head: bytes) -> bool:
+    """Whether the answer with this head, in small letters, is all there. Of chunks only the last is looked for."""
     at = head.find(b"\r\ncontent-length:")
     if at >= 0:
-        return len(data) >= end + 4 + int(head[at + 17 :].split(b"\r", 1)[0])
+        return len(data) >= len(head) + len(_END_OF_HEAD) + int(head[at + 17 :].split(b"\r", 1)[0])
     return b"\r\ntransfer-encoding: chunked" not in head or data.endswith(b"\r\n0\r\n\r\n")
 
 
