@@ -27,7 +27,7 @@ format: $(STAMPS)/test  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMPS)/test  ## CPU a request, beside an empty ASGI echo.
+bench: $(STAMPS)/test  ## CPU a request, beside an empty ASGI echo and the usual service (12 minutes).
 	$(BIN)/python benchmarks/predict.py
 
 lock: $(STAMPS)/test  ## Resolve the dependencies anew, for every supported Python and platform.
@@ -40,7 +40,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
        --no-annotate --no-header --upgrade pyproject.toml
 
 clean:  ## Remove what the other targets made.
-	rm -rf $(VENV) phoenix-demo phoenix-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) benchmarks/.venvs phoenix-demo phoenix-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Phoenix ML needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11") if v < (3, 11) else 0'

@@ -163,6 +163,14 @@ def prepare(server: PhoenixServer, artifact: Path, rows: Sequence[Sequence[float
     asyncio.run(store())
 
 
+def pss_mib(pid: int) -> float:
+    """Memory of a process, with its share of what it has in common with others."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
 def serving_pids(server: PhoenixServer) -> list[int]:
     """The API processes and their supervisor."""
     return [server.pid, *(pid for slot, pid in server.pids().items() if slot.startswith("api-"))]

@@ -110,7 +110,7 @@ def compare(
         port = free_port()
         own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"phoenix-{name}-")))
         url = f"http://127.0.0.1:{port}"
-        command = [python, folder / "serve.py", str(port), artifact]
+        command: list[str | Path] = [python, folder / "serve.py", str(port), artifact]
         environment = dict(os.environ)
         environment.pop("PYTHONPATH", None)
         try:

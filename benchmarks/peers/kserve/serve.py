@@ -1,6 +1,7 @@
 """KServe's Python server with a custom model. Arguments: port, ONNX file."""
 
 import sys
+from uuid import uuid4
 
 import onnxruntime
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
@@ -21,7 +22,7 @@ class Onnx(Model):
             output = InferOutput(name, list(values.shape), datatype)
             output.set_data_from_numpy(values, binary_data=False)
             outputs.append(output)
-        return InferResponse(payload.id, self.name, outputs)
+        return InferResponse(payload.id or str(uuid4()), self.name, outputs)
 
 
 if __name__ == "__main__":

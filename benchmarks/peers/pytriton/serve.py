@@ -1,6 +1,8 @@
 """PyTriton: NVIDIA Triton with a Python function behind it. Arguments: port, ONNX file."""
 
+import os
 import sys
+import sysconfig
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ def infer(X: Any) -> dict[str, Any]:  # noqa: N803 - named as the model's input
 
 if __name__ == "__main__":
     port = int(sys.argv[1])
+    # Or Triton's stub finds another Python's library than the one whose modules it imports.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     config = TritonConfig(http_address="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2)
     with Triton(config=config) as triton:
         triton.bind(

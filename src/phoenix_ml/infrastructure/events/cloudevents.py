@@ -127,7 +127,8 @@ def rfc_3339(at_ms: int) -> bytes:
 
 def _time_of(event_id: bytes) -> bytes:
     """When the event happened: a UUIDv7 begins with the milliseconds of its making."""
-    return rfc_3339(int(event_id[:8] + event_id[9:13], 16))
+    second, milliseconds = divmod(int(event_id[:8] + event_id[9:13], 16), 1000)
+    return _second_text(second) + _MILLISECONDS[milliseconds]
 
 
 @lru_cache(8)

@@ -220,8 +220,13 @@ class KafkaOutbox:
         """
         self._refused, self._failure = [], None
         name = self._kafka.full_name(topic)
+        produce = self._producer.produce
         for message in messages:
-            self._produce(name, message, keep_waiting)
+            key, value, headers = message
+            try:
+                produce(name, value, key, headers=headers)  # type: ignore[arg-type]
+            except (BufferError, KafkaException):
+                self._produce(name, message, keep_waiting)
         try:
             while self._producer.flush(0.25):
                 keep_waiting()
