@@ -33,7 +33,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _SHADOWS_LIMIT = 1000
 
 
-class _Reading(msgspec.Struct):
+class _Reading(msgspec.Struct, gc=False):
     """What the store said of an entity, when, and in which types; ``took_s`` is None when it was not asked."""
 
     types: Mapping[str, FeatureType]
@@ -104,7 +104,8 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request, started, traceparent)
-        event = await self._answer(row)
+        answered = self._answer(row)
+        event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
         if model.shadows and request.model_version is None:
             self._start_shadows(model, request, event, row.reading)
         return Answer(event, row.served.contract.names)
@@ -133,11 +134,12 @@ class Predict:
             outputs = await members[0].served.run(
                 Rows([m.values for m in members], [m.packed for m in members])
             )
-            self._meter.ran(members[0].served.version, time.perf_counter() - ran_at)
+            ended, now_ms = time.perf_counter(), time.time_ns() // 1_000_000
+            self._meter.ran(members[0].served.version, ended - ran_at)
             if len(groups) > 1:  # many short runs on end would hold up everybody else
                 await asyncio.sleep(0)
             for position, number in enumerate(numbers):
-                answers[number] = _event(rows[number], outputs, position, len(numbers))
+                answers[number] = _event(rows[number], outputs, position, len(numbers), ended, now_ms)
         events = [answers[number] for number in range(len(rows))]
         self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         for number, row in enumerate(rows):
@@ -224,20 +226,21 @@ class Predict:
             )
         return _Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
 
-    async def _answer(self, row: _Row) -> PredictionMade:
-        """Runs one row, with others where there are some, and puts its answer on record."""
+    def _answer(self, row: _Row) -> "PredictionMade | asyncio.Future[PredictionMade]":
+        """The answer of a row, on record; or to come, where the row runs with others."""
         served = row.served
         if self._batcher.is_alone(served):
             ran_at = time.perf_counter()
             outputs = served.engine.run(Rows((row.values,), (row.packed,)))
-            self._meter.ran(served.version, time.perf_counter() - ran_at)
-            event = _event(row, outputs, 0, 1)
+            ended = time.perf_counter()
+            self._meter.ran(served.version, ended - ran_at)
+            event = _event(row, outputs, 0, 1, ended, time.time_ns() // 1_000_000)
             self._journal.append(_encode(event), row.model.schema_digest, row.model.schema)
             self._count(event, row)
             return event
         row.answer = asyncio.get_running_loop().create_future()
         self._batcher.add(served, row)
-        return await row.answer
+        return row.answer
 
     def _finish(self, rows: list[_Row], outputs: Outputs | Exception, inference_s: float) -> None:
         """Puts the answers of rows that ran together on record, then gives them to those who wait."""
@@ -247,7 +250,8 @@ class Predict:
         model = rows[-1].model
         try:
             self._meter.ran(rows[-1].served.version, inference_s)
-            events = [_event(row, outputs, position, len(rows)) for position, row in enumerate(rows)]
+            count, ended, now_ms = len(rows), time.perf_counter(), time.time_ns() // 1_000_000
+            events = [_event(row, outputs, i, count, ended, now_ms) for i, row in enumerate(rows)]
             # One write for all: by itself each costs 2 µs.
             self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         except Exception as exc:  # noqa: BLE001 - every caller gets an answer, and nobody else would tell them
@@ -313,7 +317,8 @@ class Predict:
                 traceparent,
             )
             row.request_id, row.shadow_of = answered.request_id, answered.id
-            await self._answer(row)
+            if isinstance(answer := self._answer(row), asyncio.Future):
+                await answer
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, version, exc.code)
             log.warning(
@@ -369,7 +374,9 @@ def _resolve(
     )
 
 
-def _event(row: _Row, outputs: Outputs, position: int, batch_size: int) -> PredictionMade:
+def _event(
+    row: _Row, outputs: Outputs, position: int, batch_size: int, ended: float, now_ms: int
+) -> PredictionMade:
     version, choice = row.served.version, row.choice
     return PredictionMade(
         row.prediction_id,
@@ -387,8 +394,8 @@ def _event(row: _Row, outputs: Outputs, position: int, batch_size: int) -> Predi
         outputs.results[position],
         None if outputs.confidences is None else outputs.confidences[position],
         None if outputs.probabilities is None else outputs.probabilities[position],
-        round((time.perf_counter() - row.started) * 1000, 3),
-        time.time_ns() // 1_000_000,
+        int((ended - row.started) * 1e6) / 1e3,  # round() would cost 0.2 µs more
+        now_ms,
         batch_size,
         position,
         row.shadow_of,

@@ -166,7 +166,9 @@ class RedisFeatures:
         if packed.misses and packed.are_hopeless():
             return await self._read_row(entity_id, packed)
         key = _key(entity_id)
-        reply = await self._reads.ask(key, b"%b$%d\r\n%b\r\n%b" % (packed.head, len(key), key, packed.tail))
+        # Joined, as formatting costs 0.3 µs more.
+        command = b"".join((packed.head, b"%d\r\n" % len(key), key, packed.tail))
+        reply = await self._reads.ask(key, command)
         if type(reply) is not list:
             raise self._refused(reply, key)
         row, raw_time = reply
@@ -322,7 +324,8 @@ class _PackedRead(PackedReads):
         self.names = tuple(signature.types)
         self.packer = struct.Struct(f"<{len(self.names)}f")
         self.size = _TIME_BYTES + self.packer.size
-        self.head, self.tail = _hmget([f"_packed:{signature.digest}".encode(), b"_updated_at"])
+        head, tail = _hmget([f"_packed:{signature.digest}".encode(), b"_updated_at"])
+        self.head, self.tail = head + b"$", b"\r\n" + tail
         self.fields_head, self.fields_tail = _hmget([*(name.encode() for name in self.names), b"_updated_at"])
 
 

@@ -68,20 +68,34 @@ def _has_nul(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_nul, value))
 
 
-def describe_answer(answer: Answer) -> dict[str, Any]:
+class AnswerBody(msgspec.Struct, gc=False):
+    """The JSON of an answer. As a dict it would cost 0.4 µs more."""
+
+    prediction_id: str
+    model_id: str
+    model_version: str
+    result: Any
+    confidence: float | None
+    probabilities: list[float] | None
+    role: str
+    feature_sources: str | dict[str, str]
+    latency_ms: float
+
+
+def describe_answer(answer: Answer) -> AnswerBody:
     """The answer as its JSON has it."""
     event = answer.event
-    return {
-        "prediction_id": event.id,
-        "model_id": event.model_id,
-        "model_version": event.model_version,
-        "result": event.result,
-        "confidence": event.confidence,
-        "probabilities": event.probabilities,
-        "role": event.role,
-        "feature_sources": describe_sources(event.sources, answer.feature_names),
-        "latency_ms": event.latency_ms,
-    }
+    return AnswerBody(
+        event.id,
+        event.model_id,
+        event.model_version,
+        event.result,
+        event.confidence,
+        event.probabilities,
+        event.role,
+        describe_sources(event.sources, answer.feature_names),
+        event.latency_ms,
+    )
 
 
 def encode_error(error: PhoenixError) -> bytes:

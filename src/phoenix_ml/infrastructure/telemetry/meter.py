@@ -26,9 +26,8 @@ class MetricsMeter:
     def __init__(self, metrics: MetricsWriter) -> None:
         self._metrics = metrics
         self._has_complained = False
-        self._predictions: dict[tuple[str, str, str, str], BoundCounter] = {}
-        self._requests: dict[tuple[str, str, str, int], BoundCounter] = {}
-        self._request_seconds: dict[tuple[str, str], BoundHistogram] = {}
+        self._predictions: dict[tuple[str, str, str, str, str], tuple[BoundCounter, BoundCounter | None]] = {}
+        self._requests: dict[tuple[str, str, str, int], tuple[BoundCounter, BoundHistogram]] = {}
         self._inference: dict[tuple[str, str], BoundHistogram] = {}
         self._feature_read: dict[str, BoundHistogram] = {}
         self._sources: dict[tuple[str, str], BoundCounter] = {}
@@ -65,17 +64,22 @@ class MetricsMeter:
 
     def answered(self, event: PredictionMade, feature_count: int, feature_read_s: float | None) -> None:
         model, version = event.model_id, event.model_version
-        key = (model, version, event.strategy, event.role)
-        counter = self._predictions.get(key)
-        if counter is None:
-            counter = self._predictions[key] = self._counter(
+        letters = event.sources
+        # Rows whose features all come from one place have both their counters found at once.
+        key = (model, version, event.strategy, event.role, letters if len(letters) == 1 else "")
+        counters = self._predictions.get(key)
+        if counters is None:
+            predictions = self._counter(
                 catalogue.PREDICTIONS,
                 model=model,
                 version=version,
                 strategy=event.strategy.value,
                 role=event.role.value,
             )
-        counter.add()
+            values = self._source(model, letters) if len(letters) == 1 else None
+            counters = self._predictions[key] = predictions, values
+        predictions, values = counters
+        predictions.add()
         if feature_read_s is not None:
             reads = self._feature_read.get(model)
             if reads is None:
@@ -83,27 +87,23 @@ class MetricsMeter:
                     catalogue.FEATURE_READ_SECONDS, model=model
                 )
             reads.observe(feature_read_s)
-        letters = event.sources
-        if len(letters) == 1:
-            self._source(model, letters).add(feature_count)
+        if values is not None:
+            values.add(feature_count)
         else:
             for letter in letters:
                 self._source(model, letter).add()
 
     def requested(self, model: str, version: str, role: str, code: int, seconds: float) -> None:
         """One HTTP request was answered. The names must be registered ones or ``OTHER``."""
-        counter = self._requests.get((model, version, role, code))
-        if counter is None:
-            counter = self._requests[model, version, role, code] = self._counter(
+        bound = self._requests.get((model, version, role, code))
+        if bound is None:
+            counter = self._counter(
                 catalogue.REQUESTS, model=model, version=version, role=role, code=str(code)
             )
-        counter.add()
-        histogram = self._request_seconds.get((model, version))
-        if histogram is None:
-            histogram = self._request_seconds[model, version] = self._histogram(
-                catalogue.REQUEST_SECONDS, model=model, version=version
-            )
-        histogram.observe(seconds)
+            histogram = self._histogram(catalogue.REQUEST_SECONDS, model=model, version=version)
+            bound = self._requests[model, version, role, code] = counter, histogram
+        bound[0].add()
+        bound[1].observe(seconds)
 
     def journal_refused(self) -> None:
         """A request was refused because it could not be put on record."""
