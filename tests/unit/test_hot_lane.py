@@ -304,6 +304,30 @@ def test_requests_in_any_pieces_are_answered_in_their_order(
     assert not was_closed
 
 
+def test_requests_that_come_while_a_batch_gathers_are_answered_after_it(platform: Platform) -> None:
+    """The answers of a batch go out from within its run, and what was held then must not go into it."""
+
+    def request(connection: int, number: int) -> bytes:
+        return post(b'{"model_id":"risk","features":[1,2],"request_id":"mine-%d-%d"}' % (connection, number))
+
+    async def ask() -> list[list[bytes]]:
+        connections = [platform.connect("hot") for _ in range(8)]
+        for turn in range(3):  # the first of them makes it a crowd
+            for number in range(2):
+                for connection, (protocol, _) in enumerate(connections):
+                    protocol.data_received(request(connection, 2 * turn + number))
+            for _, transport in connections:
+                count = 2 * turn + 2
+                await eventually(lambda t=transport, c=count: t.written.count(b"HTTP/1.1 200") == c)  # type: ignore[misc]
+        for protocol, _ in connections:
+            protocol._unset_keepalive_if_required()
+        answers = [Responses(transport.written).found for _, transport in connections]
+        return [[headers[b"x-request-id"] for _, headers, _ in found] for found in answers]
+
+    expected = [[b"mine-%d-%d" % (connection, number) for number in range(6)] for connection in range(8)]
+    assert asyncio.run(ask()) == expected
+
+
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Platform]:
     """A model whose answer takes another thread, so that things can happen meanwhile."""

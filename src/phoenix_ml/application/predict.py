@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -33,6 +34,18 @@ _encode = msgspec.msgpack.Encoder().encode
 _SHADOWS_LIMIT = 1000
 
 
+class Pending(Protocol):
+    """An answer to come: a future of asyncio, or what somebody who needs less than that has instead."""
+
+    def done(self) -> bool: ...
+
+    def set_result(self, result: PredictionMade, /) -> None: ...
+
+    def set_exception(self, exception: Exception, /) -> None: ...
+
+    def __await__(self) -> Generator[Any, None, PredictionMade]: ...
+
+
 class _Reading(msgspec.Struct, gc=False):
     """What the store said of an entity, when, and in which types; ``took_s`` is None when it was not asked."""
 
@@ -60,7 +73,7 @@ class _Row(msgspec.Struct, gc=False):
     started: float
     traceparent: str | None
     shadow_of: str | None = None
-    answer: "asyncio.Future[PredictionMade] | None" = None
+    answer: Pending | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -94,9 +107,16 @@ class Predict:
         )
         self._shadows: set[asyncio.Task[None]] = set()
 
-    async def one(self, request: PredictionRequest, started: float, traceparent: str | None = None) -> Answer:
+    async def one(
+        self,
+        request: PredictionRequest,
+        started: float,
+        traceparent: str | None = None,
+        new_pending: Callable[[], Pending] | None = None,
+    ) -> Answer:
         """The answer, already on record. ``started`` is ``time.perf_counter()`` at arrival, ``traceparent`` the
-        caller's trace context, which goes on record too.
+        caller's trace context, which goes on record too. What ``new_pending`` makes is awaited where the row
+        runs with others; by default that is a future of the running loop.
 
         Raises what the steps raise: ModelUnknown, VersionUnknown, VersionInactive, ModelLoadFailed,
         EntityUnknown, FeatureStoreUnavailable, the feature errors, InferenceFailed, Overloaded,
@@ -104,7 +124,7 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request, started, traceparent)
-        answered = self._answer(row)
+        answered = self._answer(row, new_pending or asyncio.get_running_loop().create_future)
         event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
         if model.shadows and request.model_version is None:
             self._start_shadows(model, request, event, row.reading)
@@ -226,7 +246,7 @@ class Predict:
             )
         return _Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
 
-    def _answer(self, row: _Row) -> "PredictionMade | asyncio.Future[PredictionMade]":
+    def _answer(self, row: _Row, new_pending: Callable[[], Pending]) -> PredictionMade | Pending:
         """The answer of a row, on record; or to come, where the row runs with others."""
         served = row.served
         if self._batcher.is_alone(served):
@@ -238,9 +258,9 @@ class Predict:
             self._journal.append(_encode(event), row.model.schema_digest, row.model.schema)
             self._count(event, row)
             return event
-        row.answer = asyncio.get_running_loop().create_future()
+        pending = row.answer = new_pending()
         self._batcher.add(served, row)
-        return row.answer
+        return pending
 
     def _finish(self, rows: list[_Row], outputs: Outputs | Exception, inference_s: float) -> None:
         """Puts the answers of rows that ran together on record, then gives them to those who wait."""
@@ -317,7 +337,8 @@ class Predict:
                 traceparent,
             )
             row.request_id, row.shadow_of = answered.request_id, answered.id
-            if isinstance(answer := self._answer(row), asyncio.Future):
+            answer = self._answer(row, asyncio.get_running_loop().create_future)
+            if not isinstance(answer, PredictionMade):
                 await answer
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, version, exc.code)

@@ -11,7 +11,7 @@ from typing import Any
 
 from phoenix_ml.application.feedback import report_outcomes
 from phoenix_ml.application.ports import Journal
-from phoenix_ml.application.predict import Predict
+from phoenix_ml.application.predict import Pending, Predict
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.domain.errors import InternalError, JournalFull, PhoenixError
 from phoenix_ml.domain.ids import new_id
@@ -83,15 +83,20 @@ class PredictionCalls:
         await send({"type": "http.response.body", "body": payload})
 
     async def predict(
-        self, body: bytes, started: float, request_id: str, traceparent: str | None = None
+        self,
+        body: bytes,
+        started: float,
+        request_id: str,
+        traceparent: str | None = None,
+        new_pending: Callable[[], Pending] | None = None,
     ) -> Answer:
-        """``request_id`` is the header's; one in the body comes before it."""
+        """``request_id`` is the header's; one in the body comes before it. ``new_pending`` as for ``Predict.one``."""
         model_id = OTHER
         try:
             request = decode_prediction(body)
             model_id = request.model_id
             request_id = request.request_id = request.request_id or request_id
-            answer = await self._predict.one(request, started, traceparent)
+            answer = await self._predict.one(request, started, traceparent, new_pending)
             payload = encode_json(describe_answer(answer))
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
             return self._refuse(exc, model_id, request_id, started)

@@ -7,7 +7,7 @@ runs over both.
 
 import logging
 from asyncio import Future
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any, Final, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import httptools
 
 from phoenix_ml.domain.errors import InternalError
+from phoenix_ml.domain.events import PredictionMade
 from phoenix_ml.infrastructure.http.calls import DEFECT, Answer, PredictionCalls, read_headers
 from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.origins import Check
@@ -121,6 +122,42 @@ class _InFlight:
         self.keep_alive = True
 
 
+class _Pending:
+    """An answer to come, for who drives its coroutine by hand.
+
+    A future costs 0.4 µs to make and comes back by way of the event loop, which costs as much again; this calls
+    ``wake`` at once.
+    """
+
+    __slots__ = ("_exception", "_result", "wake")
+
+    def __init__(self) -> None:
+        self._result: PredictionMade | None = None
+        self._exception: Exception | None = None
+        self.wake: Callable[[], None] | None = None
+
+    def done(self) -> bool:
+        return self._result is not None or self._exception is not None
+
+    def set_result(self, result: PredictionMade) -> None:
+        self._result = result
+        if self.wake is not None:
+            self.wake()
+
+    def set_exception(self, exception: Exception) -> None:
+        self._exception = exception
+        if self.wake is not None:
+            self.wake()
+
+    def __await__(self) -> "Generator[_Pending, None, PredictionMade]":
+        if not self.done():
+            yield self
+        if self._exception is not None:
+            raise self._exception
+        assert self._result is not None
+        return self._result
+
+
 class HotLane(BoundedHeads):
     """uvicorn's HTTP protocol with the hot lane before it: one instance a connection."""
 
@@ -200,7 +237,7 @@ class HotLane(BoundedHeads):
             self.flow.pause_reading()
 
     def _answer(self, head: Head, body: bytes) -> None:
-        work = self._lane.predict(body, perf_counter(), head.request_id, head.traceparent)
+        work = self._lane.predict(body, perf_counter(), head.request_id, head.traceparent, _Pending)
         # Driven by hand: a task costs 3 µs, and most answers wait for nothing.
         try:
             awaited = work.send(None)
@@ -239,18 +276,27 @@ class HotLane(BoundedHeads):
         self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None and not transport.is_closing():
             self._arm(self.timeout_keep_alive)
-        if not in_flight.response_complete:
+        if self._held:
+            # Not at once: this may be within the run of a batch, which what was held would go into.
+            self.loop.call_soon(self._take_up_held)
+        elif not in_flight.response_complete:
             in_flight.response_complete = True
             self.flow.resume_reading()
-            if self._held and not transport.is_closing():
-                held, self._held = bytes(self._held), bytearray()
-                self.data_received(held)
+
+    def _take_up_held(self) -> None:
+        self._in_flight.response_complete = True
+        held, self._held = bytes(self._held), bytearray()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.data_received(held)
 
 
-def _resume_after(awaited: "Future[Any]", work: Coroutine[Any, Any, Answer], connection: HotLane) -> None:
-    """Goes on with the work when what it waits for is there; that is a future, as in any asyncio task."""
+def _resume_after(
+    awaited: "Future[Any] | _Pending", work: Coroutine[Any, Any, Answer], connection: HotLane
+) -> None:
+    """Goes on with the work when what it waits for is there."""
 
-    def resume(_: "Future[Any]") -> None:
+    def resume(_: "Future[Any] | None" = None) -> None:
         try:
             awaited = work.send(None)
         except StopIteration as done:
@@ -260,5 +306,8 @@ def _resume_after(awaited: "Future[Any]", work: Coroutine[Any, Any, Answer], con
         else:
             _resume_after(awaited, work, connection)
 
-    awaited._asyncio_future_blocking = False
-    awaited.add_done_callback(resume)
+    if isinstance(awaited, _Pending):
+        awaited.wake = resume
+    else:  # a future, as in any asyncio task
+        awaited._asyncio_future_blocking = False
+        awaited.add_done_callback(resume)
