@@ -15,6 +15,7 @@ With ``--faults`` instead: the latency of /predict before, during and after each
 
 import argparse
 import asyncio
+import gc
 import statistics
 import sys
 import tempfile
@@ -357,6 +358,8 @@ def main() -> None:
                 console.print(measure_faults(kafka, network, postgres, server, options.rate))
             return
         table = Table("what", "ours", "reference", "ours / reference", box=None)
+        gc.collect()
+        gc.freeze()  # as the background process does
         ships = [measure_ship(kafka, folder / f"ship-{n}", options.events) for n in range(options.rounds)]
         ours, bare = (statistics.median(column) for column in zip(*ships, strict=True))
         table.add_row(

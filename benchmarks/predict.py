@@ -57,7 +57,8 @@ def references(case: str) -> tuple[str, str]:
 
 def report(title: str, rounds: list[dict[str, Measured]]) -> None:
     table = Table(title=title, title_justify="left")
-    for heading in ("case", "CPU µs/request", "× echo", "usual ÷ it", "requests/s", "p50 ms", "p99 ms"):
+    headings = "CPU µs/request", "× echo", "usual ÷ it", "requests/s", "p50 ms", "p99 ms", "p99.9 ms"
+    for heading in ("case", *headings):
         table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
 
     def median_of(case: str, other: str) -> float:
@@ -74,6 +75,7 @@ def report(title: str, rounds: list[dict[str, Measured]]) -> None:
             f"{statistics.median(m.per_second for m in measured):,.0f}",
             f"{statistics.median(m.load.quantile_ms(0.5) for m in measured):.2f}",
             f"{statistics.median(m.load.quantile_ms(0.99) for m in measured):.2f}",
+            f"{statistics.median(m.load.quantile_ms(0.999) for m in measured):.2f}",
         )
     Console(width=130).print(table)
 

@@ -1,6 +1,7 @@
 """The background process: the roles that must never cost a request its latency."""
 
 import fcntl
+import gc
 import logging
 import os
 import select
@@ -88,6 +89,9 @@ def work(
             stack.enter_context(sole_reader(settings, stopping))
         metrics = stack.enter_context(MetricsWriter(metrics_file))
         running = {role: _start(_open_role(role, phoenix, metrics), role, stopping) for role in roles}
+        # What is loaded stays: walking it again and again cost the ship role 2 µs an event.
+        gc.collect()
+        gc.freeze()
         on_ready()
         while not stopping.is_set() and not any(future.done() for future in running.values()):
             wait(running.values(), _LOOK_EVERY_S, FIRST_EXCEPTION)
