@@ -120,5 +120,9 @@ def await_logged(
         rows = logged(phoenix, model_id)
         return ids <= {row.id for row in rows}
 
-    wait_until(all_there, deadline_s, "every answered prediction is in the log")
+    try:
+        wait_until(all_there, deadline_s, "every answered prediction is in the log")
+    except TimeoutError as exc:
+        lacking = ids - {row.id for row in rows}
+        raise TimeoutError(f"{exc}; {len(lacking)} of {len(ids)} lack, such as {min(lacking)}") from None
     return rows

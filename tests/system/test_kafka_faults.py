@@ -108,7 +108,11 @@ def assert_all_logged(server: PhoenixServer, traffic: Traffic, *, unanswered: in
     ``unanswered`` calls may be in the log without an answer: their process was killed before it answered.
     """
     with server.opened() as phoenix:
-        rows = await_logged(phoenix, MODEL, set(traffic.answers))
+        try:
+            rows = await_logged(phoenix, MODEL, set(traffic.answers))
+        except TimeoutError as exc:
+            exc.add_note(server.log())
+            raise
     assert_exactly_once(traffic, rows)
     assert len(traffic.answers) <= len(rows) <= len(traffic.answers) + unanswered
     assert len({row.request_id for row in rows}) == len(rows)

@@ -14,7 +14,7 @@ import pytest
 from inprocess import Server, one
 
 from phoenix_ml.application.predict import Answer
-from phoenix_ml.domain.errors import InferenceFailed, JournalFull, Overloaded, PhoenixError
+from phoenix_ml.domain.errors import InferenceFailed, JournalFull, Overloaded, PhoenixError, RowCountWrong
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsFullError
 
@@ -152,7 +152,7 @@ def test_a_model_that_drops_rows_by_their_values_fails_the_caller_whose_row_it_d
     first, *found = server.ask([[1.0], [2.0], [-3000.0], [4.0]])
 
     assert isinstance(first, Answer)
-    assert [type(answer) for answer in found] == [Answer, InferenceFailed, Answer]
+    assert [type(answer) for answer in found] == [Answer, RowCountWrong, Answer]
     assert [a.event.result for a in found if isinstance(a, Answer)] == [2.0, 4.0]
 
 

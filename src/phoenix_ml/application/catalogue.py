@@ -19,12 +19,13 @@ from phoenix_ml.domain.errors import (
     ModelLoadFailed,
     ModelRefused,
     NotFound,
+    RowCountWrong,
     VersionConflict,
 )
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
-from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
+from phoenix_ml.domain.rows import RowFormat, Rows, Scalar
 
 _SAMPLE_ROWS = 8
 _PLAIN: Mapping[FeatureType, Scalar] = {
@@ -205,15 +206,18 @@ def _try_out(
         raise ModelRefused(f"a row of the reference does not fit: {exc.message}", **exc.details) from exc
     try:
         alone = engine.run(Rows(values[:1], packed[:1]))
+    except RowCountWrong as exc:
+        raise ModelRefused(exc.message) from exc
     except InferenceFailed as exc:
         advice = (
             "" if reference is not None else "; give --reference with real rows if zeros are no fair test"
         )
         raise ModelRefused(f"the model loads but cannot answer a sample row: {exc.message}{advice}") from exc
-    _check_count(alone, 1)
     try:
-        _check_count(engine.run(Rows(values[:1] * 2, packed[:1] * 2)), 2)
+        engine.run(Rows(values[:1] * 2, packed[:1] * 2))
         independent = are_rows_independent(engine, row_format, values)
+    except RowCountWrong as exc:
+        raise ModelRefused(exc.message) from exc
     except InferenceFailed:  # it takes one row at a time
         independent = False
     labels = metadata.class_labels
@@ -222,16 +226,6 @@ def _try_out(
     return msgspec.structs.replace(
         metadata, class_labels=labels, sample=tuple(samples[0]), row_independent=independent
     )
-
-
-def _check_count(outputs: Outputs, rows: int) -> None:
-    answered = {"results": outputs.results, "probabilities": outputs.probabilities}
-    for kind, values in answered.items():
-        if values is not None and len(values) != rows:
-            raise ModelRefused(
-                f"the model answers {len(values)} {kind} for {rows} row{'s' if rows > 1 else ''}; the first "
-                "dimension of its outputs must be the rows"
-            )
 
 
 def _plain(rule: FeatureRule) -> Scalar | None:

@@ -19,7 +19,10 @@ class Engine(Protocol):
     """One loaded version. It runs one batch at a time and knows no queue; any thread may call it."""
 
     def run(self, rows: Rows) -> Outputs:
-        """One result a row, in order. Raises InferenceFailed with the runtime's own words."""
+        """One result a row, in order.
+
+        Raises InferenceFailed with the runtime's own words, and RowCountWrong when there are more or fewer results.
+        """
         ...
 
 

@@ -100,6 +100,10 @@ class InferenceFailed(InvalidRequest):
     code = "inference_failed"
 
 
+class RowCountWrong(InferenceFailed):
+    """The model answered with more or fewer rows than it was given."""
+
+
 class NotFound(PhoenixError):
     pass
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from phoenix_ml.application.ports import ModelHints
-from phoenix_ml.domain.errors import InferenceFailed, ModelRefused
+from phoenix_ml.domain.errors import InferenceFailed, ModelRefused, RowCountWrong
 from phoenix_ml.domain.models import Metadata, Signature, Task, TensorSpec
 from phoenix_ml.domain.rows import ElementType, Outputs, Rows
 
@@ -210,10 +210,12 @@ class OnnxEngine:
         except _RUNTIME_ERRORS as exc:
             raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
         count = len(rows)
-        if any(len(output) != count for output in outputs):
-            raise InferenceFailed(
-                f"the model answered {count} rows with {' and '.join(str(len(o)) for o in outputs)}: it drops or adds "
-                "rows, depending on their values",
+        flat = self._flatten(outputs)
+        answered = [len(output) if isinstance(output, list) or output.ndim else 0 for output in flat]
+        if any(number != count for number in answered):
+            raise RowCountWrong(
+                f"the model answers {' and '.join(map(str, answered))} results for {count} "
+                f"row{'s' if count > 1 else ''}; the first dimension of its outputs must be the rows"
             )
         if count <= self._bound_rows:
             if all(_is_bindable(output, count) for output in outputs):
@@ -223,7 +225,7 @@ class OnnxEngine:
                 self._idle.append(_Memory(np.empty((self._bound_rows, *shape), dtype), made, {}))
             else:
                 self._bound_rows = 0
-        return self._answer(self._flatten(outputs))
+        return self._answer(flat)
 
     def _bind(self, memory: _Memory, count: int) -> _Bound:
         binding = self._session.io_binding()
