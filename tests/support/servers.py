@@ -512,7 +512,9 @@ class KafkaServer(Server):
             # Without the empty logger librdkafka would tell on stderr of every attempt.
             client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
             with contextlib.suppress(KafkaException):
-                return bool(client.list_topics(timeout=2).brokers)
+                found = client.list_topics(timeout=2)
+                # Until the controller has admitted it, a broker answers but can create no topic.
+                return found.controller_id in found.brokers
         return False
 
     def _make_folder(self) -> Path:
@@ -542,7 +544,7 @@ class KafkaServer(Server):
             "group.initial.rebalance.delay.ms": "0",
             # A broker that was killed comes back only when the controller has given up its former self.
             "broker.heartbeat.interval.ms": "300",
-            "broker.session.timeout.ms": "1500",
+            "broker.session.timeout.ms": "3000",
         }
         (folder / "server.properties").write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
         key_and_certificate = _self_signed()

@@ -89,6 +89,9 @@ class Kafka:
             "retry.backoff.max.ms": 5000,
             # A network that swallows packets is noticed this late, and a new connection tried.
             "socket.timeout.ms": 10_000,
+            # A consumer that lost its brokers before it saw its topic looks for it again only so often: librdkafka's
+            # own 5 minutes were how long nothing was logged.
+            "topic.metadata.refresh.interval.ms": 5000,
             "socket.keepalive.enable": True,
         } | dict(parse_qsl(parts.query))
         # What a property says wrongly is told at the start, not by the first thread that needs it.
