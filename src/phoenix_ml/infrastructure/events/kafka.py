@@ -39,6 +39,8 @@ MODEL_EVENTS: Final = "model-events"
 _LOG_GROUP: Final = "phoenix-log"
 _REQUEUE_GROUP: Final = "phoenix-dead-requeue"
 _PATIENCE_S: Final = 5.0
+# A stop waits for it.
+_TOPIC_PATIENCE_S: Final = 2.0
 # Twice of what Kafka takes by default: a letter is larger than its message, and must not be refused as well.
 _LETTER_BYTES: Final = 2 * 1024 * 1024
 _REASON_CHARACTERS: Final = 1000
@@ -330,9 +332,11 @@ class KafkaEvents:
                 "on_commit": _tell_failed_commit,
             },
         )
-        self._consumer.subscribe([self._topic], on_revoke=self._revoked, on_lost=self._lost)
+        self._is_member = False
 
     def read(self, max_events: int) -> list[RecordedEvent | UnreadableEvent]:
+        if not self._is_member:
+            self._join()
         if self._rewound:
             # Paused, but still asked: a member that does not ask is taken for dead.
             while (message := self._consumer.poll(0)) is not None:
@@ -379,6 +383,20 @@ class KafkaEvents:
             with contextlib.suppress(KafkaException):
                 self._consumer.commit(offsets=self._offsets(self._done), asynchronous=False)
         self._consumer.close()
+
+    def _join(self) -> None:
+        """Only once the topic is there: a member that waits for one and meanwhile loses its brokers may wait
+        for ever, with librdkafka 2.x, when they are back.
+        """
+        try:
+            found = self._consumer.list_topics(self._topic, timeout=_TOPIC_PATIENCE_S).topics[self._topic]
+        except KafkaException as exc:
+            trouble, self._trouble = self._trouble, None
+            raise self._kafka.unavailable(trouble or exc.args[0]) from exc
+        if found.error is not None:
+            raise self._kafka.unavailable(f"{self._topic}: {found.error.str()}")
+        self._consumer.subscribe([self._topic], on_revoke=self._revoked, on_lost=self._lost)
+        self._is_member = True
 
     def _take(self, messages: Sequence[Message]) -> None:
         for message in messages:
