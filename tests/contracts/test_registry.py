@@ -17,6 +17,7 @@ from msgspec import UNSET
 from servers import PostgresServer
 
 from phoenix_ml.application.catalogue import set_routing
+from phoenix_ml.domain.baselines import Baseline, FeatureBaseline
 from phoenix_ml.domain.errors import (
     DatabaseUnavailable,
     InvalidField,
@@ -129,6 +130,19 @@ rules = st.one_of(
     st.builds(FeatureRule, st.just(FeatureType.STRING), st.just(UNSET) | st.none() | texts),
     st.builds(FeatureRule, st.just(FeatureType.BOOLEAN), st.just(UNSET) | st.booleans()),
 )
+counts = st.integers(0, 2**40)
+few_numbers = st.lists(st.floats(-1e15, 1e15), max_size=3).map(tuple)
+feature_baselines = st.one_of(
+    st.builds(
+        FeatureBaseline,
+        counts,
+        cuts=few_numbers,
+        counts=st.lists(counts, max_size=3).map(tuple),
+        mean=st.none() | st.floats(-1e15, 1e15),
+        design_effects=st.lists(st.none() | st.floats(1, 1e6), max_size=3).map(tuple),
+    ),
+    st.builds(FeatureBaseline, counts, levels=st.dictionaries(texts, counts, max_size=3), other=counts),
+)
 metadata_of_any_kind = st.builds(
     Metadata,
     signature=st.builds(
@@ -144,7 +158,7 @@ metadata_of_any_kind = st.builds(
     scores_output=st.none() | texts,
     sample=st.lists(st.none() | st.booleans() | st.floats(-1e15, 1e15) | texts, max_size=4).map(tuple),
     runtime=texts,
-    baseline=st.none() | st.dictionaries(texts, st.lists(st.floats(-1e15, 1e15), max_size=3), max_size=3),
+    baseline=st.none() | st.builds(Baseline, counts, st.dictionaries(texts, feature_baselines, max_size=3)),
 )
 
 

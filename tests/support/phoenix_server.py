@@ -25,7 +25,7 @@ from servers import (
     wait_until,
 )
 
-from phoenix_ml.application.catalogue import Registration, register
+from phoenix_ml.application.catalogue import Reference, Registration, register
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import ModelVersion, Stage
@@ -254,6 +254,8 @@ class PhoenixServer:
         contract: Mapping[str, FeatureRule] | None = None,
         task: str | None = None,
         reference: Mapping[str, Sequence[Any]] | None = None,
+        time: str | None = None,
+        outcome: str | None = None,
     ) -> ModelVersion:
         """The version, registered through the use case as the command line does; the server may run or not."""
         registration = Registration(model_id, version, Stage(stage), dict(contract or {}), task)
@@ -265,7 +267,7 @@ class PhoenixServer:
                 artifact,
                 registration,
                 actor="test",
-                reference=reference,
+                reference=None if reference is None else Reference(reference, time, outcome),
             )
             if activate:
                 registered = phoenix.registry.set_active(model_id, version, True, "test")

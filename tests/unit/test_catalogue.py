@@ -20,10 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phoenix_ml.application import catalogue as use_cases
 from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
 from phoenix_ml.application.ports import ModelHints
 from phoenix_ml.application.serving import INLINE_LIMIT_S, LiveModels, ServedVersion
 from phoenix_ml.application.statistics.baseline import describe_reference
+from phoenix_ml.domain.baselines import FeatureBaseline
 from phoenix_ml.domain.errors import (
     DatabaseUnavailable,
     InferenceFailed,
@@ -85,6 +87,8 @@ class Platform:
         *,
         model_id: str = "risk",
         reference: Reference | None = None,
+        time: str | None = None,
+        outcome: str | None = None,
         activate: bool = False,
         **said: Any,
     ) -> ModelVersion:
@@ -97,7 +101,7 @@ class Platform:
             path,
             registration,
             actor="ann",
-            reference=reference,
+            reference=None if reference is None else use_cases.Reference(reference, time, outcome),
         )
         if activate:
             return self.registry.set_active(model_id, number, True, "ann")
@@ -400,9 +404,9 @@ def test_u0000_in_a_reference_is_refused_before_anything_is_stored(
 
 def test_a_text_that_only_looks_like_the_escape_of_u0000_is_taken(platform: Platform) -> None:
     """A backslash is a character like any other."""
-    reference = {"city": ["Oslo", "Lima", "\\u0000"]}
+    reference: Reference = {"city": ["\\u0000"], "age": [1.0], "visits": [1], "member": [True]}
 
-    assert platform.register(onnx_models.strict_one_hot_model(), reference=reference).metadata.baseline
+    assert platform.register(onnx_models.column_model(), reference=reference).metadata.baseline
 
 
 def test_a_lone_tensor_with_its_features_in_another_order_is_another_contract(platform: Platform) -> None:
@@ -554,15 +558,22 @@ def test_a_reference_becomes_the_baseline_and_the_sample(platform: Platform) -> 
     }
     version = platform.register(onnx_models.column_model(), reference=reference)
     assert version.metadata.sample == (0.0, 3, "Lima", True)
-    assert version.metadata.baseline == {
-        "rows": 4,
-        "features": {
-            "age": {"missing": 2, "cuts": [20.5, 40.0], "counts": [1, 1, 0]},
-            "visits": {"missing": 0, "cuts": [1.0, 2.0, 3.0], "counts": [1, 2, 1, 0]},
-            "city": {"missing": 1, "levels": {"Oslo": 2, "Lima": 1}, "other": 0},
-            "member": {"missing": 1, "levels": {"True": 2, "False": 1}, "other": 0},
-        },
+    visits = FeatureBaseline(
+        0, cuts=(1.0, 2.0, 3.0), counts=(1, 2, 1, 0), mean=2.0, std=math.sqrt(0.5), low=1.0, high=3.0
+    )
+    baseline = version.metadata.baseline
+    assert baseline is not None
+    assert baseline.rows == 4
+    assert baseline.features == {
+        "age": FeatureBaseline(
+            2, cuts=(20.5, 40.0), counts=(1, 1, 0), mean=30.25, std=9.75, low=20.5, high=40.0
+        ),
+        "visits": visits,
+        "city": FeatureBaseline(1, levels={"Oslo": 2, "Lima": 1}),
+        "member": FeatureBaseline(1, levels={"True": 2, "False": 1}),
     }
+    assert baseline.score is not None
+    assert (baseline.score.missing, sum(baseline.score.counts or ())) == (0, 4)
     assert platform.registry.get("risk", "1.0.0") == version
 
 
@@ -580,15 +591,15 @@ def test_cells_are_cut_at_quantiles_and_count_every_row(count: int) -> None:
     """numpy is the oracle: a cell holds what lies in (previous cut, cut]."""
     values = np.random.default_rng(count).normal(size=count).tolist()
     described = describe_reference({"x": values}, {"x": FeatureRule(FLOAT)})
-    entry = described["features"]["x"]
+    entry = described.features["x"]
     cuts = np.unique(np.quantile(values, np.arange(1, 32) / 32, method="inverted_cdf"))
-    assert entry["cuts"] == cuts.tolist()
+    assert entry.cuts == tuple(cuts.tolist())
     edges = [-math.inf, *cuts, math.inf]
     expected = [sum(low < v <= high for v in values) for low, high in pairwise(edges)]
-    assert entry["counts"] == expected
-    assert sum(entry["counts"]) == count == described["rows"]
+    assert entry.counts == tuple(expected)
+    assert sum(entry.counts) == count == described.rows
     if count == 1000:
-        assert set(entry["counts"]) <= {31, 32}
+        assert set(entry.counts) <= {31, 32}
 
 
 @given(
@@ -600,18 +611,20 @@ def test_cells_are_cut_at_quantiles_and_count_every_row(count: int) -> None:
 )
 def test_cells_and_missing_values_add_up_to_the_rows(column: list[float | None]) -> None:
     """Every row is counted exactly once, whatever it holds."""
-    entry = describe_reference({"x": column}, {"x": FeatureRule(FLOAT)})["features"]["x"]
-    assert sum(entry["counts"]) + entry["missing"] == len(column)
-    assert len(entry["counts"]) == len(entry["cuts"]) + 1 <= 32
-    assert entry["cuts"] == sorted(set(entry["cuts"]))
+    entry = describe_reference({"x": column}, {"x": FeatureRule(FLOAT)}).features["x"]
+    cuts = entry.cuts or ()
+    assert sum(entry.counts) + entry.missing == len(column)
+    assert len(entry.counts) == len(cuts) + 1 <= 32
+    assert list(cuts) == sorted(set(cuts))
 
 
 @given(st.lists(st.none() | st.text(max_size=2), min_size=1, max_size=150))
 def test_levels_other_and_missing_values_add_up_to_the_rows(column: list[str | None]) -> None:
     """A category keeps its most frequent levels and counts the rest."""
-    entry = describe_reference({"x": column}, {"x": FeatureRule(STRING)})["features"]["x"]
-    assert sum(entry["levels"].values()) + entry["other"] + entry["missing"] == len(column)
-    assert len(entry["levels"]) <= 50
+    entry = describe_reference({"x": column}, {"x": FeatureRule(STRING)}).features["x"]
+    assert entry.levels is not None
+    assert sum(entry.levels.values()) + entry.other + entry.missing == len(column)
+    assert len(entry.levels) <= 50
 
 
 BAD_REFERENCES: list[tuple[Reference, str]] = [

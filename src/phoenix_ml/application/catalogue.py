@@ -1,17 +1,24 @@
 """The catalogue of models: registering versions, their stages, activation and routing."""
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UnsetType
 
 from phoenix_ml.application.independence import are_rows_independent
-from phoenix_ml.application.ports import ArtifactStore, Engines, ModelHints, Registry
+from phoenix_ml.application.ports import ArtifactStore, Engine, Engines, ModelHints, Registry
 from phoenix_ml.application.serving import load_version
-from phoenix_ml.application.statistics.baseline import describe_reference
+from phoenix_ml.application.statistics.baseline import (
+    describe_reference,
+    reference_columns,
+    write_reference,
+)
+from phoenix_ml.domain.baselines import Baseline
 from phoenix_ml.domain.errors import (
     FeatureInvalid,
     InferenceFailed,
@@ -25,9 +32,13 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
-from phoenix_ml.domain.rows import RowFormat, Rows, Scalar
+from phoenix_ml.domain.rows import ElementType, Outputs, RowFormat, Rows, Scalar
 
+T = TypeVar("T")
 _SAMPLE_ROWS = 8
+# A model runs over so many rows of its reference, evenly spaced; over all where their order in time matters.
+SCORED_ROWS = 10_000
+_SCORED_AT_ONCE = 1024
 _PLAIN: Mapping[FeatureType, Scalar] = {
     FeatureType.FLOAT: 0.0,
     FeatureType.INTEGER: 0,
@@ -46,6 +57,27 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: str | None = None
 
 
+class Reference(msgspec.Struct, frozen=True):
+    """Rows that a version was trained on, or tested with: what its predictions are compared with.
+
+    ``time`` names the column that orders them, ``outcome`` the one with the truth; neither needs to be a feature.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    time: str | None = None
+    outcome: str | None = None
+
+    def column(self, name: str | None, field: str) -> Sequence[Any] | None:
+        """Raises InvalidField for a name that no column has."""
+        if name is None:
+            return None
+        if name not in self.columns:
+            raise InvalidField(
+                f"the reference has no column {name!r}; it has {', '.join(self.columns)}", field=field
+            )
+        return self.columns[name]
+
+
 def register(
     registry: Registry,
     artifacts: ArtifactStore,
@@ -54,9 +86,9 @@ def register(
     registration: Registration,
     *,
     actor: str,
-    reference: Mapping[str, Sequence[Scalar | None]] | None = None,
+    reference: Reference | None = None,
 ) -> ModelVersion:
-    """The registered version: its artifact stored, loaded and run once on sample rows.
+    """The registered version: its artifact stored, loaded and run on sample rows, and over its reference.
 
     The same version with the same bytes is a no-op that repairs a damaged artifact. Raises VersionConflict
     for other bytes, or for another feature contract, and ModelRefused with the runtime's own words for
@@ -73,6 +105,9 @@ def register(
     # Looked at before it is stored: what is refused need not be taken away, which another version of the
     # same bytes, registered at this moment, would miss.
     metadata = _describe(engines, artifact, registration, reference)
+    if reference is not None and metadata.baseline is not None:
+        baseline = _keep_columns(artifacts, metadata, metadata.baseline, reference)
+        metadata = msgspec.structs.replace(metadata, baseline=baseline)
     version = ModelVersion(
         model_id=registration.id,
         version=registration.version,
@@ -165,31 +200,114 @@ def _describe(
     engines: Engines,
     path: Path,
     registration: Registration,
-    reference: Mapping[str, Sequence[Scalar | None]] | None,
+    reference: Reference | None,
 ) -> Metadata:
     hints = ModelHints(registration.task, tuple(registration.features))
     metadata = engines.inspect(path, hints)
     contract = FeatureContract.check(metadata.columns, registration.features)
     metadata = msgspec.structs.replace(metadata, contract=contract)
     if reference is not None:
-        metadata = msgspec.structs.replace(metadata, baseline=describe_reference(reference, contract))
-    metadata = _try_out(engines, path, metadata, reference)
+        # What is no reference is said before the model runs over it.
+        describe_reference(reference.columns, contract, elements=_elements(metadata))
+    engine = engines.load(path, metadata)
+    metadata = _try_out(engine, metadata, None if reference is None else reference.columns)
+    if reference is not None:
+        metadata = msgspec.structs.replace(metadata, baseline=_compare_with(reference, engine, metadata))
     # In JSON a backslash of a text is itself escaped, so without these pairs only U+0000 looks like this.
     if b"\\u0000" in msgspec.json.encode(metadata).replace(b"\\\\", b""):
         raise ModelRefused("a name or a reference value has U+0000, which no database can store in a text")
     return metadata
 
 
+def _elements(metadata: Metadata) -> dict[str, ElementType]:
+    return {column.name: column.element for column in metadata.columns}
+
+
+def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> Baseline:
+    """The baseline, with what the model makes of the reference."""
+    columns = reference.columns
+    order = reference.column(reference.time, "time")
+    outcomes = reference.column(reference.outcome, "outcome")
+    if outcomes is not None and any(one is None or one != one for one in outcomes):  # noqa: PLR0124 - NaN
+        raise InvalidField(
+            f"the reference's column {reference.outcome!r} lacks outcomes: leave out the rows without one",
+            field="outcome",
+        )
+    elements = _elements(metadata)
+    rows = max(len(column) for column in columns.values())
+    scored = columns
+    if rows > SCORED_ROWS and order is None:
+        chosen = [i * rows // SCORED_ROWS for i in range(SCORED_ROWS)]
+        scored = {name: [column[i] for i in chosen] for name, column in columns.items()}
+        outcomes = None if outcomes is None else [outcomes[i] for i in chosen]
+    outputs = _score(engine, metadata, scored)
+    if outcomes is not None and isinstance(outputs.results[0], list):
+        raise InvalidField("a model with several answers a row has no outcome column", field="outcome")
+    baseline = describe_reference(
+        scored,
+        metadata.contract,
+        elements=elements,
+        time=order,
+        outputs=outputs,
+        outcomes=outcomes,
+        task=metadata.task,
+        class_labels=metadata.class_labels,
+    )
+    if scored is columns:
+        return baseline
+    # The scores are compared over fewer rows than the features, each as many as it has.
+    whole = describe_reference(columns, metadata.contract, elements=elements)
+    return msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
+
+
+def _score(engine: Engine, metadata: Metadata, columns: Mapping[str, Sequence[Any]]) -> Outputs:
+    """What the model answers for each row. Raises ModelRefused, naming the row, where it cannot."""
+    contract = FeatureContract(metadata.columns, metadata.contract)
+    row_format = RowFormat(metadata.columns)
+    at_once = _SCORED_AT_ONCE if metadata.row_independent else 1
+    outputs = Outputs([], [], [])
+    given = list(zip(*(columns[name] for name in contract.names), strict=True))
+    for start in range(0, len(given), at_once):
+        part = given[start : start + at_once]
+        try:
+            values = [contract.resolve(None, _fill(contract, row), 0)[0] for row in part]
+            answered = engine.run(Rows(values, [row_format.pack(row) for row in values]))
+        except (FeatureInvalid, InferenceFailed) as exc:
+            raise ModelRefused(
+                f"the model cannot answer row {start + 1} of the reference, or one of the {len(part) - 1} after it: "
+                f"{exc.message}",
+                **exc.details,
+            ) from exc
+        outputs.results += answered.results
+        outputs.confidences = _extended(outputs.confidences, answered.confidences)
+        outputs.probabilities = _extended(outputs.probabilities, answered.probabilities)
+    return outputs
+
+
+def _extended(known: list[T] | None, more: list[T] | None) -> list[T] | None:
+    return None if known is None or more is None else known + more
+
+
+def _keep_columns(
+    artifacts: ArtifactStore, metadata: Metadata, baseline: Baseline, reference: Reference
+) -> Baseline:
+    """The baseline, which knows where the reference's columns are stored: exact statistics need them."""
+    arrays = reference_columns(reference.columns, metadata.contract, elements=_elements(metadata))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.npz"
+        write_reference(path, arrays)
+        stored = artifacts.put(path)
+    return msgspec.structs.replace(baseline, reference_uri=stored.uri, reference_sha256=stored.sha256)
+
+
 def _try_out(
-    engines: Engines,
-    path: Path,
+    engine: Engine,
     metadata: Metadata,
     reference: Mapping[str, Sequence[Scalar | None]] | None,
 ) -> Metadata:
     """The metadata with a sample row that the model answered, class labels that fit its answer, and whether
     rows may run together.
     """
-    engine = engines.load(path, metadata)
     contract = FeatureContract(metadata.columns, metadata.contract)
     row_format = RowFormat(metadata.columns)
     if reference is not None:

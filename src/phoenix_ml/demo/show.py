@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
+from phoenix_ml.application.catalogue import Reference, Registration, activate, register, set_routing
 from phoenix_ml.application.features import load_features, packed_signatures
 from phoenix_ml.application.ports import LoggedPrediction, PredictionQuery
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_features
@@ -118,7 +118,7 @@ def _register_versions(phoenix: Phoenix, training: Training) -> None:
             trained.onnx_path,
             registration,
             actor="demo",
-            reference=reference,
+            reference=Reference(reference),
         )
         activate(
             phoenix.registry, phoenix.artifacts, phoenix.engines, MODEL_NAME, trained.version, actor="demo"

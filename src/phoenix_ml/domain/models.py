@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from phoenix_ml.domain.baselines import Baseline
 from phoenix_ml.domain.errors import InvalidField, ModelRefused, StageConflict
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.rows import Column, ElementType, Scalar
@@ -147,7 +148,7 @@ class Metadata(Struct, frozen=True):
     scores_output: str | None = None
     sample: tuple[Scalar | None, ...] = ()
     runtime: str = ""
-    baseline: dict[str, Any] | None = None
+    baseline: Baseline | None = None
     row_independent: bool = False
 
     @property

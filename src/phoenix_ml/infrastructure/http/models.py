@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
+from phoenix_ml.application.catalogue import Reference, Registration, activate, register, set_routing
 from phoenix_ml.application.reports import describe_version
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.bootstrap import Phoenix
@@ -208,7 +208,7 @@ def _register_upload(
             path,
             registration,
             actor=actor,
-            reference=columns,
+            reference=None if columns is None else Reference(columns),
         )
 
 

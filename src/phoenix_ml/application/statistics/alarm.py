@@ -1,0 +1,501 @@
+"""The drift alarm: what opens an incident, at a stated rate of false alarms."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from scipy.stats import chi2, hypergeom
+
+from phoenix_ml.application.statistics.cells import (
+    ABOVE,
+    BELOW,
+    EXTRAS,
+    INFINITE,
+    MISSING,
+    WRONG_TYPE,
+    CellCounter,
+    CellCounts,
+)
+from phoenix_ml.domain.baselines import RESULT, SCORE, WINDOWS, Baseline, FeatureBaseline, FeatureKind
+from phoenix_ml.domain.drift import SCORE_MOVED, DriftCheck, FeatureAlarm, SchemaViolation, Verdict
+
+Numbers = NDArray[np.float64]
+FEWEST_ROWS: Final = 200
+# Below, the tail of the Anderson-Darling half is not yet the one that its threshold is made of.
+_FEWEST_ROWS_OF_AD: Final = 1000
+_FEWEST_EXPECTED: Final = 20
+
+
+class AlarmSettings(Struct, frozen=True):
+    """``arl``: checks between two false alarms, at least. ``effect``: the least distance that matters, ``effects`` by
+    feature. ``left_out``: features nobody looks at, which may be SCORE and RESULT.
+    """
+
+    arl: float = 1e4
+    batch_rows: int = 1000
+    effect: float = 0.02
+    effects: Mapping[str, float] = {}
+    left_out: tuple[str, ...] = ()
+
+
+def ks_threshold(budget: float, effective_rows: Any) -> Any:
+    """The distance that two samples of one distribution exceed with probability budget/2 at most.
+
+    √(ln(4/a) / (2·n_eff)), the two-sided Dvoretzky-Kiefer-Wolfowitz bound with Massart's constant (1990; for two samples:
+    Wei, Dudley 2012).
+
+    >>> round(float(ks_threshold(0.05, 500.0)), 4)
+    0.0662
+    """
+    return np.sqrt(math.log(4 / budget) / (2 * effective_rows))
+
+
+@lru_cache(maxsize=1024)
+def weigh_cuts(shares: tuple[float, ...]) -> tuple[float, float]:
+    """λ₁ and κ of the Anderson-Darling statistic over cells, from the cumulative shares at the cuts.
+
+    λ are the eigenvalues of w(min(q_j, q_k) − q_j q_k) / √(q_j(1 − q_j) q_k(1 − q_k)) with w = 1/(cuts + 1), the
+    covariance of the weighted Brownian bridge, and κ = Π_{i≥2} (1 − λ_i/λ₁)^(−1/2). Then
+    P(A > x) ≈ κ · P(χ²₁ > x/λ₁) in the tail (Zolotarev 1961; Anderson, Darling 1952).
+
+    >>> [round(x, 4) for x in weigh_cuts((0.25, 0.5, 0.75))]
+    [0.5, 1.3416]
+    """
+    q = np.asarray(shares)
+    spread = np.sqrt(q * (1 - q))
+    covariance = (np.minimum.outer(q, q) - np.outer(q, q)) / np.outer(spread, spread) / (len(q) + 1)
+    eigenvalues = np.linalg.eigvalsh(covariance)[::-1]
+    return float(eigenvalues[0]), float(np.prod((1 - eigenvalues[1:] / eigenvalues[0]) ** -0.5))
+
+
+@lru_cache(maxsize=1024)
+def ad_threshold(shares: tuple[float, ...], budget: float) -> float:
+    """The Anderson-Darling statistic that is exceeded with probability budget/2: λ₁ · χ²₁⁻¹((a/2)/κ).
+
+    >>> round(ad_threshold((0.25, 0.5, 0.75), 0.1), 2)
+    2.17
+    """
+    largest, kappa = weigh_cuts(shares)
+    return largest * float(chi2.isf(min(budget / 2 / kappa, 1.0), 1))
+
+
+def level_p_value(
+    count: int, rows: int, reference_count: int, reference_rows: int, effect: float = 1.0
+) -> float:
+    """How likely two samples of one distribution differ as much in one level: twice the smaller hypergeometric tail.
+
+    With a design effect, as if both samples had that many times fewer rows (Fisher's exact test; Kish 1965).
+
+    >>> round(level_p_value(8, 10, 1, 6), 6)  # scipy.stats.fisher_exact([[8, 2], [1, 5]], "greater") / 2-sided by doubling
+    0.048951
+    """
+    x, n, c, m = (round(value / effect) for value in (count, rows, reference_count, reference_rows))
+    upper = float(hypergeom.sf(x - 1, m + n, c + x, n))
+    lower = float(hypergeom.cdf(x, m + n, c + x, n))
+    return min(1.0, 2 * min(upper, lower))
+
+
+class _Window(Struct, frozen=True):
+    """One trailing window: how many batches it is called, and the counts in it."""
+
+    batches: int
+    counts: NDArray[np.int64]
+
+
+class DriftAlarm:
+    """Looks for drift in the trailing windows of a ring of batches.
+
+    Each test of a feature in a window may alarm falsely with probability a = 1/(ARL · tests · windows), so that all together
+    do so at most every ARL checks on average, however they depend on each other, as long as rows are independent. The design
+    effects that stand in for that where they are not make it an empirical rule, not a theorem.
+
+    >>> rng = np.random.default_rng(1)
+    >>> from phoenix_ml.application.statistics.baseline import describe_reference
+    >>> from phoenix_ml.domain.features import FeatureRule, FeatureType
+    >>> baseline = describe_reference({"x": rng.normal(size=10_000).tolist()}, {"x": FeatureRule(FeatureType.FLOAT)})
+    >>> counter, alarm = CellCounter(baseline), DriftAlarm(baseline)
+    >>> alarm.check([counter.count({"x": rng.normal(size=1000)})]).verdicts
+    {'x': <Verdict.STEADY: 'steady'>}
+    >>> alarm.check([counter.count({"x": rng.normal(1.0, size=1000)})]).alarms[0].direction
+    'higher'
+    """
+
+    def __init__(self, baseline: Baseline, settings: AlarmSettings | None = None) -> None:
+        self.baseline = baseline
+        self.settings = settings or AlarmSettings()
+        self.counter = CellCounter(baseline)
+        entries = self.counter.entries
+        self._names = [name for name in entries if name not in self.settings.left_out]
+        # A feature, and its missing values.
+        self.budget = 1 / (self.settings.arl * 2 * max(len(self._names), 1) * len(WINDOWS))
+        self._effects = {name: self.settings.effects.get(name, self.settings.effect) for name in self._names}
+        self._numeric = [
+            name
+            for name in self._names
+            if entries[name].levels is None
+            and entries[name].kind is FeatureKind.NUMERIC
+            and entries[name].present
+        ]
+        self._by_levels = [n for n in self._names if entries[n].levels is not None and entries[n].present]
+        self._constant = [
+            n for n in self._names if entries[n].levels is None and entries[n].kind is FeatureKind.CONSTANT
+        ]
+        self._prepare_numeric()
+        ends = [self.counter.offsets[n] + len(entries[n].cells) for n in self._names]
+        self._missing_at = np.array(ends, dtype=np.int64) + MISSING
+        self._spans = [(self.counter.offsets[n], end) for n, end in zip(self._names, ends, strict=True)]
+
+    def check(self, ring: Sequence[CellCounts]) -> DriftCheck:
+        """One look at the newest batches, the newest last; those before the last 64 are not looked at."""
+        newest = [batch.counts for batch in reversed(ring[-WINDOWS[-1] :])]
+        sums = np.cumsum(np.array(newest).reshape(len(newest), self.counter.size), axis=0)
+        windows = [_Window(w, sums[w - 1]) for w in WINDOWS if w <= len(newest)]
+        return self._look(windows, newest[:2], ring[-1].rows if ring else 0)
+
+    def check_one(self, counts: CellCounts) -> DriftCheck:
+        """The same rule for one window of any size."""
+        batches = max(1, round(counts.rows / self.settings.batch_rows))
+        return self._look([_Window(batches, counts.counts)], [counts.counts], counts.rows)
+
+    def _look(self, windows: Sequence[_Window], newest: Sequence[NDArray[np.int64]], rows: int) -> DriftCheck:
+        alarms: dict[str, list[FeatureAlarm]] = {}
+        distances: dict[str, float] = {}
+        for alarm in self._look_at_numbers(windows, distances):
+            alarms.setdefault(alarm.feature, []).append(alarm)
+        for name in self._by_levels:
+            if found := self._look_at_levels(name, windows, distances):
+                alarms.setdefault(name, []).extend(found)
+        for name in self._constant:
+            if found := self._look_at_constant(name, windows, distances):
+                alarms.setdefault(name, []).extend(found)
+        missing = self._look_at_missing(windows)
+        verdicts = {}
+        chosen = []
+        for name in self.counter.entries:
+            if name not in self._effects:
+                verdicts[name] = Verdict.LEFT_OUT
+                continue
+            told = [_first(of) for of in (alarms.get(name), missing.get(name)) if of]
+            chosen += told
+            if told:
+                verdicts[name] = Verdict.ADVISORY if all(a.is_advisory for a in told) else Verdict.DRIFT
+            else:
+                verdicts[name] = Verdict.STEADY if name in distances else Verdict.INSUFFICIENT
+        return DriftCheck(tuple(chosen), distances, verdicts, self._has_score_moved(newest), rows)
+
+    def _prepare_numeric(self) -> None:
+        """All numeric features side by side, those with fewer cells filled up with cuts that weigh nothing."""
+        entries = [self.counter.entries[name] for name in self._numeric]
+        count, most = len(entries), max((len(entry.cells) for entry in entries), default=1)
+        # One position past the counts, where a zero is put, is what the filling counts.
+        self._gather = np.full((count, most), self.counter.size, dtype=np.int64)
+        self._shares = np.ones((count, most - 1))
+        self._weights = np.zeros((count, most - 1))
+        self._ad_thresholds = np.full(count, np.inf)
+        for i, (name, entry) in enumerate(zip(self._numeric, entries, strict=True)):
+            cells = len(entry.cells)
+            self._gather[i, :cells] = self.counter.offsets[name] + np.arange(cells)
+            q = np.cumsum(entry.cells)[:-1] / entry.present
+            self._shares[i, : cells - 1] = q
+            inside = (q > 0) & (q < 1)
+            if inside.any():
+                self._weights[i, : cells - 1][inside] = 1 / (q[inside] * (1 - q[inside])) / (inside.sum() + 1)
+                self._ad_thresholds[i] = ad_threshold(tuple(q[inside].tolist()), self.budget)
+        self._present = np.array([entry.present for entry in entries], dtype=np.float64)
+        self._gates = np.array([self._effects[name] for name in self._numeric])
+
+    def _look_at_numbers(self, windows: Sequence[_Window], distances: dict[str, float]) -> list[FeatureAlarm]:
+        if not self._numeric or not windows:
+            return []
+        padded = np.zeros((len(windows), self.counter.size + 1), dtype=np.int64)
+        padded[:, :-1] = [window.counts for window in windows]
+        cumulated = padded[:, self._gather].cumsum(axis=2)
+        n = cumulated[:, :, -1].astype(np.float64)
+        differences = cumulated[:, :, :-1] / np.maximum(n, 1)[:, :, None] - self._shares
+        sizes = np.abs(differences)
+        d = sizes.max(axis=2, initial=0.0)
+        effects, advisory = self._design_effects(windows)
+        effective = np.maximum(n * self._present / (n + self._present), 1e-9) / effects
+        ks = ks_threshold(self.budget, effective)
+        ad = effective * (differences**2 * self._weights).sum(axis=2)
+        enough = n >= FEWEST_ROWS
+        # The filling has a share and a count of one, which is no difference, but only where there are rows.
+        matters = enough & (d >= self._gates)
+        is_ks = matters & (d >= ks)
+        is_ad = matters & (n >= _FEWEST_ROWS_OF_AD) & (ad >= self._ad_thresholds)
+        for i, name in enumerate(self._numeric):
+            if enough[:, i].any():
+                distances[name] = float(d[enough[:, i].argmax(), i])
+        alarms = []
+        for w, i in np.argwhere(is_ks | is_ad):
+            name = self._numeric[i]
+            by_ks = bool(is_ks[w, i])
+            at = int(sizes[w, i].argmax())
+            alarms.append(
+                FeatureAlarm(
+                    name,
+                    self.counter.entries[name].kind,
+                    "ks" if by_ks else "ad",
+                    windows[w].batches,
+                    int(n[w, i]),
+                    float(d[w, i] if by_ks else ad[w, i]),
+                    float(ks[w, i] if by_ks else self._ad_thresholds[i]),
+                    float(d[w, i]),
+                    "higher" if differences[w, i, at] < 0 else "lower",
+                    design_effect=float(effects[w, i]),
+                    is_advisory=bool(advisory[w, i]),
+                )
+            )
+        return alarms
+
+    def _design_effects(self, windows: Sequence[_Window]) -> tuple[Numbers, NDArray[np.bool_]]:
+        effects = np.ones((len(windows), len(self._numeric)))
+        advisory = np.zeros(effects.shape, dtype=bool)
+        if self.baseline.is_time_ordered:
+            for w, window in enumerate(windows):
+                for i, name in enumerate(self._numeric):
+                    effects[w, i], advisory[w, i] = self._effect_of(
+                        self.counter.entries[name].design_effects, window.batches
+                    )
+        return effects, advisory
+
+    def _effect_of(self, learned: Sequence[float | None], batches: int) -> tuple[float, bool]:
+        """The design effect at a window, and whether the reference is too short to know it."""
+        if not learned:
+            return 1.0, False
+        rows = batches * self.settings.batch_rows
+        scales = [w * self.baseline.batch_rows for w in WINDOWS]
+        known = [effect for effect in learned if effect is not None]
+        for i, scale in enumerate(scales):
+            if rows <= scale:
+                # Between two scales, the greater effect of both.
+                beside = learned[max(i - 1, 0) : i + 1] if rows < scale else learned[i : i + 1]
+                effects = [effect for effect in beside if effect is not None]
+                if len(effects) == len(beside):
+                    return max(effects), False
+                break
+        return (max(known) if known else 1.0), True
+
+    def _look_at_levels(
+        self, name: str, windows: Sequence[_Window], distances: dict[str, float]
+    ) -> list[FeatureAlarm]:
+        entry = self.counter.entries[name]
+        reference = np.array(entry.cells, dtype=np.float64)
+        m = reference.sum()
+        start = self.counter.offsets[name]
+        alarms = []
+        for window in windows:
+            counts = window.counts[start : start + len(reference)]
+            n = int(counts.sum())
+            if n < FEWEST_ROWS:
+                continue
+            differences = counts / n - reference / m
+            distance = float(np.abs(differences).max())
+            distances.setdefault(name, distance)
+            effect, is_advisory = self._effect_of(entry.design_effects, window.batches)
+            alarms += self._test_levels(
+                name, entry, window, (counts, reference, differences), effect, is_advisory
+            )
+        return alarms
+
+    def _test_levels(
+        self,
+        name: str,
+        entry: FeatureBaseline,
+        window: _Window,
+        table: tuple[NDArray[np.int64], Numbers, Numbers],
+        effect: float,
+        is_advisory: bool,
+    ) -> list[FeatureAlarm]:
+        counts, reference, differences = table
+        n, m, gate = int(counts.sum()), float(reference.sum()), self._effects[name]
+        labels = [*(entry.levels or ()), "(other)"]
+        is_constant = entry.kind is FeatureKind.CONSTANT
+        budget = self.budget / 2 / len(labels)
+        # A level is one of two halves; the other is the whole table.
+        for i in sorted(np.flatnonzero(np.abs(differences) >= gate), key=lambda i: -abs(differences[i])):
+            p = level_p_value(int(counts[i]), n, int(reference[i]), int(m), effect)
+            if p <= budget:
+                difference = float(differences[i])
+                return [
+                    FeatureAlarm(
+                        name,
+                        entry.kind,
+                        "constant" if is_constant else "level",
+                        window.batches,
+                        n,
+                        p,
+                        budget,
+                        abs(difference),
+                        "higher" if difference > 0 else "lower",
+                        labels[i],
+                        effect,
+                        is_advisory,
+                    )
+                ]
+        pooled = (counts + reference) / (n + m)
+        filled = pooled > 0
+        variation = float(np.abs(differences).sum() / 2)
+        if filled.sum() < 2 or pooled[filled].min() * min(n, m) < _FEWEST_EXPECTED or variation < gate:
+            return []
+        effective = n * m / (n + m) / effect
+        statistic = float(effective * (differences[filled] ** 2 / pooled[filled]).sum())
+        threshold = _chi2_threshold(self.budget / 2, int(filled.sum()) - 1)
+        if statistic < threshold:
+            return []
+        return [
+            FeatureAlarm(
+                name,
+                entry.kind,
+                "chi2",
+                window.batches,
+                n,
+                statistic,
+                threshold,
+                variation,
+                design_effect=effect,
+                is_advisory=is_advisory,
+            )
+        ]
+
+    def _look_at_constant(
+        self, name: str, windows: Sequence[_Window], distances: dict[str, float]
+    ) -> list[FeatureAlarm]:
+        """The reference has one number: how many values are another?"""
+        entry = self.counter.entries[name]
+        start = self.counter.offsets[name]
+        end = start + len(entry.cells)
+        alarms = []
+        for window in windows:
+            n = int(window.counts[start:end].sum())
+            below, above = int(window.counts[end + BELOW]), int(window.counts[end + ABOVE])
+            if n < FEWEST_ROWS:
+                continue
+            share = (below + above) / n
+            distances.setdefault(name, share)
+            if share < self._effects[name]:
+                continue
+            p = level_p_value(below + above, n, 0, entry.present)
+            if p <= self.budget:
+                direction: Literal["higher", "lower"] = "higher" if above >= below else "lower"
+                alarms.append(
+                    FeatureAlarm(
+                        name, entry.kind, "constant", window.batches, n, p, self.budget, share, direction
+                    )
+                )
+        return alarms
+
+    def _look_at_missing(self, windows: Sequence[_Window]) -> dict[str, list[FeatureAlarm]]:
+        alarms: dict[str, list[FeatureAlarm]] = {}
+        if not windows or not self._names:
+            return alarms
+        present = [[int(window.counts[start:end].sum()) for start, end in self._spans] for window in windows]
+        missing = np.array([window.counts[self._missing_at] for window in windows])
+        rows = np.array(present) + missing
+        entries = [self.counter.entries[name] for name in self._names]
+        reference = np.array([entry.missing for entry in entries])
+        reference_rows = np.array([entry.missing + entry.present for entry in entries])
+        differences = missing / np.maximum(rows, 1) - reference / np.maximum(reference_rows, 1)
+        gates = np.array([self._effects[name] for name in self._names])
+        for w, i in np.argwhere((np.abs(differences) >= gates) & (rows >= FEWEST_ROWS)):
+            name = self._names[i]
+            effect, is_advisory = self._effect_of(entries[i].missing_design_effects, windows[w].batches)
+            p = level_p_value(
+                int(missing[w, i]), int(rows[w, i]), int(reference[i]), int(reference_rows[i]), effect
+            )
+            if p <= self.budget:
+                difference = float(differences[w, i])
+                alarms.setdefault(name, []).append(
+                    FeatureAlarm(
+                        name,
+                        entries[i].kind,
+                        "missing",
+                        windows[w].batches,
+                        int(rows[w, i]),
+                        p,
+                        self.budget,
+                        abs(difference),
+                        "higher" if difference > 0 else "lower",
+                        design_effect=effect,
+                        is_advisory=is_advisory,
+                    )
+                )
+        return alarms
+
+    def _has_score_moved(self, newest: Sequence[NDArray[np.int64]]) -> bool:
+        name = SCORE if SCORE in self.counter.entries else RESULT
+        entry = self.counter.entries.get(name)
+        if entry is None or not entry.present or len(newest) < 2:
+            return False
+        start = self.counter.offsets[name]
+        return all(
+            _distance(entry, counts[start : start + len(entry.cells)]) >= SCORE_MOVED for counts in newest
+        )
+
+
+def check_schema(baseline: Baseline, counts: CellCounts, effect: float = 0.02) -> tuple[SchemaViolation, ...]:
+    """What in one batch are no values of the feature: infinite, of another type, or outside of the reference's range.
+
+    Values outside of the range count from a share of ``effect`` on, and where that many of n would exceed the extremes of
+    m reference rows by chance less often than once in 10⁶: Π_{i<k} (n − i)/(n + m − i), whatever the distribution (Wilks 1942).
+    They are a wrong unit where they are most values.
+
+    >>> baseline = Baseline(100, {"x": FeatureBaseline(0, cuts=(1.0,), counts=(50, 50), low=0.0, high=2.0)})
+    >>> counts = CellCounter(baseline).count({"x": [1000.0] * 300})
+    >>> [(found.kind, found.violating) for found in check_schema(baseline, counts)]
+    [('unit', 300)]
+    """
+    counter = CellCounter(baseline)
+    violations = []
+    for name, entry in counter.entries.items():
+        start = counter.offsets[name]
+        own = counts.counts[start : start + len(entry.cells) + EXTRAS]
+        extras = own[len(entry.cells) :]
+        values = int(own[: len(entry.cells)].sum())
+        rows = values + int(extras[MISSING] + extras[INFINITE] + extras[WRONG_TYPE])
+        kinds: list[tuple[Literal["infinite", "type"], int]] = [("infinite", INFINITE), ("type", WRONG_TYPE)]
+        violations += [
+            SchemaViolation(name, kind, rows, int(extras[which]), entry.low, entry.high)
+            for kind, which in kinds
+            if extras[which]
+        ]
+        # The model's own answers have no unit, and a constant has no range to leave but itself.
+        if name in (SCORE, RESULT) or entry.kind is FeatureKind.CONSTANT or values < FEWEST_ROWS:
+            continue
+        outside = int(extras[BELOW] + extras[ABOVE])
+        if outside >= effect * values and _log_chance_outside(outside, values, entry.present) < -math.log(
+            1e6
+        ):
+            kind: Literal["unit", "range"] = "unit" if 2 * outside > values else "range"
+            violations.append(SchemaViolation(name, kind, rows, outside, entry.low, entry.high))
+    return tuple(violations)
+
+
+def _log_chance_outside(outside: int, values: int, reference: int) -> float:
+    """Of either side; half of the values on both is the worst split of them."""
+    i = np.arange((outside + 1) // 2)
+    return float(np.log((values - i) / (values + reference - i)).sum()) + math.log(2)
+
+
+@lru_cache(maxsize=256)
+def _chi2_threshold(budget: float, freedom: int) -> float:
+    return float(chi2.isf(budget, freedom))
+
+
+def _distance(entry: FeatureBaseline, counts: NDArray[np.int64]) -> float:
+    n = int(counts.sum())
+    if n < FEWEST_ROWS:
+        return 0.0
+    differences = counts / n - np.asarray(entry.cells) / entry.present
+    if entry.levels is not None:
+        return float(np.abs(differences).max())
+    return float(np.abs(differences.cumsum()).max())
+
+
+def _first(alarms: Sequence[FeatureAlarm]) -> FeatureAlarm:
+    """The one of the shortest window, which tells of the latest rows; an advisory one only where there is no other."""
+    return min(alarms, key=lambda alarm: (alarm.is_advisory, alarm.window))
