@@ -16,6 +16,7 @@ from phoenix_ml.application.ports import (
     FeatureStore,
     Journal,
     Meter,
+    Monitoring,
     PredictionLog,
     Registry,
 )
@@ -39,6 +40,7 @@ class Phoenix:
     database: Database
     registry: Registry
     prediction_log: PredictionLog
+    monitoring: Monitoring
     artifacts: ArtifactStore
     engines: Engines
     kafka: Kafka | None
@@ -54,6 +56,7 @@ class Phoenix:
 def bootstrap(settings: Settings) -> Phoenix:
     """The application. Opens no connection yet. Raises Misconfigured, saying which setting to change."""
     from phoenix_ml.infrastructure.sql.database import Database
+    from phoenix_ml.infrastructure.sql.monitoring import SqlMonitoring
     from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 
@@ -70,6 +73,7 @@ def bootstrap(settings: Settings) -> Phoenix:
         database,
         SqlRegistry(database) if announcer is None else SqlRegistry(database, announcer),
         SqlPredictionLog(database),
+        SqlMonitoring(database),
         open_artifacts(settings),
         open_engines(settings),
         kafka,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,13 @@ from rich.table import Table
 
 from phoenix_ml import __version__
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_dead_letters, open_features
-from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, PhoenixError, ServerUnreachable
+from phoenix_ml.domain.errors import (
+    DatabaseUnavailable,
+    InvalidField,
+    NoBaseline,
+    PhoenixError,
+    ServerUnreachable,
+)
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import ModelVersion, Stage
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
@@ -30,6 +37,7 @@ from phoenix_ml.settings import load_settings
 
 if TYPE_CHECKING:
     from phoenix_ml.application.replay import Replay
+    from phoenix_ml.domain.drift import DriftReport
     from phoenix_ml.domain.features import PackedSignature
 
 T = TypeVar("T")
@@ -127,7 +135,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
-    type=click.Choice(["all", "ship", "log", "none"]),
+    type=click.Choice(["all", "ship", "log", "monitor", "none"]),
     help="What the background process does.",
 )
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
@@ -149,12 +157,14 @@ def serve(**flags: Any) -> None:
 
 
 @main.command()
-@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log"]))
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor"]))
 @click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
 def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
-    """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down."""
+    """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down, and
+    monitor watches the models.
+    """
     from phoenix_ml.infrastructure.telemetry.exporter import export_metrics
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs
     from phoenix_ml.processes.background import metrics_of_worker, stop_on_signals
@@ -237,6 +247,8 @@ def models() -> None:
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Training rows (.csv, .parquet) for the baseline."
 )
+@click.option("--time", help="The reference's column that orders its rows in time; it need be no feature.")
+@click.option("--outcome", help="The reference's column with the truth; it need be no feature.")
 @click.option("--activate", is_flag=True, help="Let it answer requests at once.")
 @data_option
 @json_option
@@ -251,12 +263,14 @@ def models_register(
     features: Path | None,
     task: str | None,
     reference: Path | None,
+    time: str | None,
+    outcome: str | None,
     activate: bool,
     data: Path | None,
     as_json: bool,
 ) -> None:
-    """Register an ONNX file as a version: stored, checked, loaded and run once."""
-    from phoenix_ml.application.catalogue import Registration, register
+    """Register an ONNX file as a version: stored, checked, loaded and run, over the reference if there is one."""
+    from phoenix_ml.application.catalogue import Reference, Registration, register
     from phoenix_ml.application.catalogue import activate as activate_version
     from phoenix_ml.infrastructure.tables import read_columns
 
@@ -265,6 +279,8 @@ def models_register(
         from phoenix_ml.infrastructure.http.codec import decode_json
 
         contract = decode_json(features.read_bytes(), dict[str, FeatureRule])
+    if reference is None and (time or outcome):
+        raise click.UsageError("--time and --outcome name columns of --reference")
     registration = Registration(model_id, version, Stage(stage), contract, task)
     with opened(data) as phoenix:
         registered = register(
@@ -274,7 +290,7 @@ def models_register(
             artifact,
             registration,
             actor=actor(),
-            reference=read_columns(reference) if reference is not None else None,
+            reference=None if reference is None else Reference(read_columns(reference), time, outcome),
         )
         if activate:
             registered = activate_version(
@@ -406,6 +422,38 @@ def models_deactivate(model_id: str, version: str, data: Path | None, as_json: b
     """Take a version out of service."""
     with opened(data) as phoenix:
         show_version(phoenix.registry.set_active(model_id, version, False, actor()), as_json)
+
+
+@models.command("monitoring")
+@click.argument("model_id")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting; repeat it. Without a value the default comes back.",
+)
+@data_option
+@json_option
+@example("phoenix-ml models monitoring credit-risk --set batch_rows=500 --set left_out=age")
+def models_monitoring(model_id: str, changes: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+    """Show or change how a model is watched and healed; `*` stands for all models."""
+    from phoenix_ml.domain.monitoring import ALL_MODELS, parse_setting
+
+    with opened(data) as phoenix:
+        if changes:
+            parsed = dict(map(parse_setting, changes))
+            settings = phoenix.monitoring.change_settings(model_id, parsed, actor())
+        else:
+            if model_id != ALL_MODELS:
+                phoenix.registry.list_versions(model_id)
+            settings = phoenix.monitoring.settings(model_id)
+    told = msgspec.to_builtins(settings)
+    if as_json:
+        show_json(told)
+        return
+    for key, value in told.items():
+        click.echo(f"{key:18} {'' if value is None else json.dumps(value)}")
 
 
 @models.command("routing")
@@ -1013,6 +1061,185 @@ def events_dead_requeue(limit: int, data: Path | None, as_json: bool) -> None:
         show_json({"requeued": requeued})
     else:
         click.echo(f"{requeued} events are on their way to the log again")
+
+
+# drift, incidents
+
+
+@main.group()
+def drift() -> None:
+    """Recent values beside those that a version was trained on."""
+
+
+@drift.command("check")
+@click.argument("model_id")
+@click.option("--version", "model_version", help="This version instead of the champion.")
+@click.option(
+    "--rows", type=click.IntRange(1, 100_000), help="So many of the newest predictions; else one batch."
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the report as one HTML file."
+)
+@data_option
+@json_option
+@example("phoenix-ml drift check credit-risk --rows 5000 --html report.html")
+def drift_check(
+    model_id: str,
+    model_version: str | None,
+    rows: int | None,
+    html: Path | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare a version's newest predictions with its reference, now. Opens no incident."""
+    from phoenix_ml.application.monitoring import describe_drift
+    from phoenix_ml.infrastructure.console.drift_page import drift_page
+
+    with opened(data) as phoenix:
+        version = watched_version(phoenix, model_id, model_version)
+        settings = phoenix.monitoring.settings(model_id)
+        newest = phoenix.monitoring.latest(model_id, version.version, rows or settings.batch_rows)
+        report = describe_drift(phoenix.artifacts, version, newest, settings)
+    name = f"{model_id} {version.version}"
+    if report is None:
+        raise NoBaseline(
+            f"{name} has no baseline: register a version with --reference, the rows that it was trained on",
+            model_id=model_id,
+            model_version=version.version,
+        )
+    about = describe_rows([row.created_at_ms for row in newest], report.reference_rows)
+    if html is not None:
+        html.write_text(drift_page(report, f"Drift of {name}", [about]), encoding="utf-8")
+    if as_json:
+        show_json({"model_id": model_id, "model_version": version.version, "report": report})
+        return
+    show_drift_report(report, f"{name}: {about}")
+    if html is not None:
+        click.echo(f"wrote {html}")
+
+
+@drift.command("show")
+@click.argument("model_id")
+@click.option("--version", "model_version", help="Only this version.")
+@data_option
+@json_option
+@example("phoenix-ml drift show credit-risk")
+def drift_show(model_id: str, model_version: str | None, data: Path | None, as_json: bool) -> None:
+    """The latest report that the monitor has written."""
+    from phoenix_ml.application.reports import describe_report, iso_time
+    from phoenix_ml.domain.drift import DriftReport
+
+    with opened(data) as phoenix:
+        phoenix.registry.list_versions(model_id)
+        found = phoenix.monitoring.reports(model_id, "drift", model_version)
+    if as_json:
+        show_json({"items": [describe_report(one) for one in found]})
+        return
+    if not found:
+        click.echo(
+            "no report yet: the monitor writes one after each batch of predictions "
+            f"(phoenix-ml models monitoring {model_id} shows how many); drift check compares now"
+        )
+        return
+    report = msgspec.convert(found[0].report, DriftReport)
+    written = f"{found[0].rows} rows, written at {iso_time(found[0].created_at_ms)}"
+    show_drift_report(report, f"{model_id} {found[0].model_version}: {written}")
+
+
+def watched_version(phoenix: Phoenix, model_id: str, model_version: str | None) -> ModelVersion:
+    """The version asked for, else the one that answers first."""
+    from phoenix_ml.domain.routing import default_routing
+
+    if model_version is not None:
+        return phoenix.registry.get(model_id, model_version)
+    versions = phoenix.registry.list_versions(model_id)
+    active = [one for one in versions if one.is_active]
+    routing = phoenix.registry.routings().get(model_id) or default_routing(active)
+    arms = () if routing is None else routing.arms
+    champion = next((arm.version for arm in arms if arm.role is Role.CHAMPION), None)
+    return next((one for one in versions if one.version == champion), versions[-1])
+
+
+def describe_rows(times_ms: Sequence[int], reference_rows: int) -> str:
+    from phoenix_ml.application.reports import iso_time
+
+    if not times_ms:
+        return "no predictions yet"
+    between = f"from {iso_time(min(times_ms))} to {iso_time(max(times_ms))}"
+    return f"{len(times_ms)} predictions {between} beside {reference_rows} rows of the reference"
+
+
+def show_drift_report(report: "DriftReport", title: str) -> None:
+    from phoenix_ml.infrastructure.console.drift import drift_table
+
+    console = Console(width=max(Console().width, 120))
+    console.print(title, highlight=False, markup=False)
+    console.print(drift_table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+@main.group()
+def incidents() -> None:
+    """What is wrong with a model: one incident a cause, from its opening to its end."""
+
+
+@incidents.command("list")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--unresolved", is_flag=True, help="Only what has not ended.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
+@data_option
+@json_option
+@example("phoenix-ml incidents list --unresolved")
+def incidents_list(
+    model_id: str | None,
+    unresolved: bool,
+    limit: int,
+    cursor: str | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Incidents, the latest opened first."""
+    from phoenix_ml.application.ports import IncidentQuery
+    from phoenix_ml.application.reports import describe_incident
+
+    with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
+        query = IncidentQuery(model_id, None, unresolved, limit, cursor)
+        found, next_cursor = phoenix.monitoring.incidents(query)
+    items = [describe_incident(one) for one in found]
+    if as_json:
+        show_json({"items": items, "next_cursor": next_cursor})
+        return
+    if not items:
+        click.echo("no incidents")
+        return
+    table = Table("opened", "model", "version", "status", "severity", "summary", "id", box=None)
+    for item in items:
+        cells = (item["opened_at"], item["model_id"], item["model_version"], item["status"], item["severity"])
+        table.add_row(*map(str, cells), escape(item["summary"]), item["incident_id"])
+    print_wide(table)
+    if next_cursor:
+        click.echo(f"more: --cursor {next_cursor}")
+
+
+@incidents.command("ack")
+@click.argument("incident_id")
+@data_option
+@json_option
+@example("phoenix-ml incidents ack 01928c5a-…")
+def incidents_ack(incident_id: str, data: Path | None, as_json: bool) -> None:
+    """Say that a person knows of the incident; it goes on being watched."""
+    from phoenix_ml.application.reports import describe_incident
+
+    with opened(data) as phoenix:
+        incident = phoenix.monitoring.acknowledge(incident_id, actor(), time.time_ns() // 1_000_000)
+    if as_json:
+        show_json(describe_incident(incident))
+        return
+    click.echo(f"{incident.id} acknowledged by {incident.acknowledged_by}: {incident.summary}")
 
 
 # demo

@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
-    roles: Literal["all", "ship", "log", "none"] = Field(
+    roles: Literal["all", "ship", "log", "monitor", "none"] = Field(
         "all",
-        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `all`, or `none` to start none.",
+        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `all`, or `none` to start none.",
     )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
 
@@ -107,6 +107,16 @@ class Settings(BaseSettings):
         1000, ge=10, description="How often the journal is forced to disk: the most that power loss can take."
     )
 
+    drift_policy: Literal["designed", "classic"] = Field(
+        "designed",
+        description="What opens a drift incident: the `designed` alarm with its error budget, or the `classic` p < 0.05 on any feature.",
+    )
+    alerts_group_s: int = Field(
+        300,
+        ge=0,
+        description="Least time between two alerts of one model; what comes within it waits for the next.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or plain text.")
 
@@ -137,7 +147,8 @@ class Settings(BaseSettings):
     def background_roles(self) -> tuple[str, ...]:
         """The roles of the background process; none means that there is no such process."""
         if self.roles == "all":
-            return ("log",) if self.events.startswith("local:") else ("ship", "log")
+            ship = () if self.events.startswith("local:") else ("ship",)
+            return (*ship, "log", "monitor")
         return () if self.roles == "none" else (self.roles,)
 
     @property

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import onnx_models
 import pytest
-from deploy_servers import DEPLOY, PrometheusServer, program
+import yaml
+from dashboards import DASHBOARDS, as_sent_to_prometheus, promql_queries
+from deploy_servers import DEPLOY, ROOT, PrometheusServer, program
 from phoenix_server import PhoenixServer
 from servers import wait_until
 
+from phoenix_ml.domain.monitoring import ALL_MODELS
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
 from phoenix_ml.infrastructure.telemetry.metrics import Histogram
 
-DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "phoenix.json").read_text())
 RULES = (DEPLOY / "prometheus" / "rules.yml").read_text()
 RULE_TESTS = (DEPLOY / "prometheus" / "rules_test.yml").read_text()
-QUERIES = {
-    f"{panel['title']} {target['refId']}": target["expr"]
-    for panel in DASHBOARD["panels"]
-    for target in panel["targets"]
-}
-# What has no series until something goes wrong.
-MAY_BE_EMPTY = {"Process restarts A"}
+ALERTS = [rule for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"] if "alert" in rule]
+QUERIES = promql_queries()
+# What each alert looks at, before it compares.
+SELECTORS = sorted(
+    set(re.findall(r"(?<![\w:])(?:phoenix_\w+|up)\b(?:{[^}]*})?", "\n".join(rule["expr"] for rule in ALERTS)))
+)
+JOBS = [
+    job["job_name"]
+    for job in yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+]
+# Two batches of 200, the least that the monitor calls one.
+ENOUGH_ROWS = 400
 # Rules are evaluated every 15 s.
 DEADLINE_S = 30
 
@@ -86,36 +94,94 @@ def _promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
+def test_every_alert_has_a_runbook(alert: dict[str, Any]) -> None:
+    """Whoever is woken up is told what to do, in a place that exists."""
+    path, _, anchor = alert["annotations"]["runbook"].partition("#")
+    headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
+
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert anchor == alert["alert"].lower()
+    assert anchor in anchors
+
+
 @pytest.fixture(scope="module")
 def phoenix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
-    """A server with a model and features of one entity."""
-    server = PhoenixServer(tmp_path_factory.mktemp("watched"))
+    """A server to which happened whatever has no series before it happens.
+
+    `linear` has a shadow that cannot answer, `broken` does not load, and a process has died. The monitor knows the
+    truth about enough predictions of `linear` and of `risk`, a classifier.
+    """
+    server = PhoenixServer(tmp_path_factory.mktemp("watched"), features_cache_ms=50)
     model = onnx_models.write(server.folder / "linear.onnx", onnx_models.linear_regressor())
-    names = server.register(model, "linear", "1.0.0").metadata.features
+    features = _features()
+    errors = np.random.default_rng(8).normal(size=ENOUGH_ROWS)
+    truths = np.array(features["x_0"]) + errors
+    known = {"linear": truths, "risk": (truths > 0).astype(int)}
+    references = {name: features | {"truth": truth.tolist()} for name, truth in known.items()}
+    names = server.register(
+        model, "linear", "1.0.0", reference=references["linear"], outcome="truth"
+    ).metadata.features
+    classifier = onnx_models.write(server.folder / "risk.onnx", onnx_models.binary_classifier())
+    server.register(classifier, "risk", "1.0.0", reference=references["risk"], outcome="truth")
+    wider = onnx_models.write(server.folder / "wider.onnx", onnx_models.linear_regressor(4))
+    server.register(wider, "linear", "2.0.0")
+    broken = server.register(wider, "broken", "1.0.0", activate=False)
+    with server.opened() as opened:
+        arms = Arm("1.0.0", Role.CHAMPION), Arm("2.0.0", Role.SHADOW)
+        opened.registry.set_routing("linear", Routing(Strategy.SHADOW, arms), "test")
+        opened.monitoring.change_settings(ALL_MODELS, {"batch_rows": 200}, "test")
     with server:
-        features = dict.fromkeys(names, 1.0)
-        httpx.put(f"{server.url}/features/e1", json={"features": features}).raise_for_status()
+        stored = dict.fromkeys(names, 1.0)
+        httpx.put(f"{server.url}/features/e1", json={"features": stored}).raise_for_status()
+        (server.data / "artifacts" / broken.uri).unlink()
+        with server.opened() as opened:
+            opened.registry.set_active("broken", "1.0.0", True, "test")
+        server.wait_for_child("api-0", after=server.kill_child("api-0"))
+        for model_id in ("linear", "risk"):
+            _predict_and_learn(server, model_id)
         yield server
+
+
+def _features() -> dict[str, list[float]]:
+    values = np.random.default_rng(7).normal(size=(3, ENOUGH_ROWS))
+    return {f"x_{number}": column.tolist() for number, column in enumerate(values)}
+
+
+def _predict_and_learn(server: PhoenixServer, model_id: str) -> None:
+    """Two batches of predictions, of which two thirds turn out to be right."""
+    rows = zip(*_features().values(), strict=True)
+    asked = {"model_id": model_id, "instances": [{"features": row} for row in rows]}
+    answered = httpx.post(f"{server.url}/predict/batch", json=asked).raise_for_status().json()
+    outcomes = [
+        {"prediction_id": one["prediction_id"], "outcome": one["result"] if number % 3 else 1 - one["result"]}
+        for number, one in enumerate(answered["predictions"])
+    ]
+    httpx.post(f"{server.url}/feedback", json=outcomes).raise_for_status()
 
 
 @pytest.fixture(scope="module")
 def prometheus(phoenix: PhoenixServer) -> Iterator[PrometheusServer]:
-    """Prometheus on the deployed files; the server does the log role, too."""
+    """Prometheus on the deployed files; the server does all the roles."""
     address = f"127.0.0.1:{phoenix.port}"
-    with PrometheusServer({"phoenix-api": [address], "phoenix-log": [address]}) as server:
-        wait_until(lambda: len(server.query("up == 1")) == 2, DEADLINE_S, "both targets are up")
+    with PrometheusServer({job: [address] for job in JOBS}) as server:
+        wait_until(lambda: len(server.query("up == 1")) == len(JOBS), DEADLINE_S, "all targets are up")
         for _ in range(20):
-            httpx.post(
-                f"{phoenix.url}/predict", json={"model_id": "linear", "entity_id": "e1"}
-            ).raise_for_status()
+            _ask(phoenix)
         # A later scrape sees more of it, so that there are rates.
         wait_until(lambda: _ask_until_there_is_a_rate(phoenix, server), DEADLINE_S, "there is a rate")
         yield server
 
 
 def _ask_until_there_is_a_rate(phoenix: PhoenixServer, prometheus: PrometheusServer) -> bool:
-    httpx.post(f"{phoenix.url}/predict", json={"model_id": "linear", "entity_id": "e1"}).raise_for_status()
+    _ask(phoenix)
     return bool(prometheus.query("sum(rate(phoenix_predictions_total[1m])) > 0"))
+
+
+def _ask(phoenix: PhoenixServer) -> None:
+    answer = httpx.post(f"{phoenix.url}/predict", json={"model_id": "linear", "entity_id": "e1"})
+    answer.raise_for_status()
+    httpx.post(f"{phoenix.url}/predict", json={"model_id": "broken", "entity_id": "e1"})
 
 
 @pytest.mark.system
@@ -123,7 +189,7 @@ def test_prometheus_scrapes_the_server(prometheus: PrometheusServer) -> None:
     """Under the jobs that the rules name."""
     up = {sample["metric"]["job"]: sample["value"][1] for sample in prometheus.query("up")}
 
-    assert up == {"phoenix-api": "1", "phoenix-log": "1"}
+    assert up == dict.fromkeys(JOBS, "1")
 
 
 @pytest.mark.system
@@ -142,47 +208,32 @@ def test_every_rule_is_evaluated(prometheus: PrometheusServer) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("title", QUERIES)
-def test_every_query_of_the_dashboard_finds_data(prometheus: PrometheusServer, title: str) -> None:
+@pytest.mark.parametrize("name", QUERIES)
+def test_every_query_of_the_dashboards_finds_data(prometheus: PrometheusServer, name: str) -> None:
     """A panel that shows nothing is noticed when it is needed."""
-    expression = _as_grafana_sends_it(QUERIES[title])
+    # A classifier has an accuracy, a regressor an error.
+    expressions = [as_sent_to_prometheus(QUERIES[name], model) for model in ("linear", "risk")]
 
-    if title in MAY_BE_EMPTY:
-        prometheus.query(expression)
-        return
-    wait_until(lambda: bool(prometheus.query(expression)), DEADLINE_S, f"{expression} finds something")
+    wait_until(
+        lambda: any(map(prometheus.query, expressions)), DEADLINE_S, f"{expressions[0]} finds something"
+    )
 
 
 @pytest.mark.system
-def test_the_choice_of_models_has_entries(prometheus: PrometheusServer) -> None:
-    """The dashboard's variable lists the models that were asked."""
-    (variable,) = DASHBOARD["templating"]["list"]
-    asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
-    assert asked
-
-    found = prometheus.get(f"label/{asked[2]}/values", **{"match[]": asked[1]})
-
-    assert "linear" in found
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_what_the_alerts_look_at_is_there(prometheus: PrometheusServer, selector: str) -> None:
+    """On a real server, with the labels that they ask for; an alert on what does not exist never fires."""
+    wait_until(lambda: bool(prometheus.query(selector)), DEADLINE_S, f"{selector} finds something")
 
 
-def _as_grafana_sends_it(expression: str) -> str:
-    return expression.replace("$__rate_interval", "1m").replace("$model", ".*")
+@pytest.mark.system
+@pytest.mark.parametrize("file", DASHBOARDS)
+def test_the_choice_of_models_has_entries(prometheus: PrometheusServer, file: str) -> None:
+    """A dashboard's variable lists the models that were asked."""
+    for variable in DASHBOARDS[file]["templating"]["list"]:
+        asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+        assert asked
 
+        found = prometheus.get(f"label/{asked[2]}/values", **{"match[]": asked[1]})
 
-def test_the_dashboard_is_laid_out() -> None:
-    """Each panel has an id, a title and a place of its own, and asks the data source that is provisioned."""
-    panels = DASHBOARD["panels"]
-    provisioned = (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
-    uid = re.search(r"uid: (\S+)", provisioned)
-    assert uid
-
-    cells: list[tuple[int, int]] = []
-    for panel in panels:
-        place = panel["gridPos"]
-        columns, rows = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
-        cells += [(x, y) for x in columns for y in rows]
-        sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
-        assert {source["uid"] for source in sources} == {uid[1]}
-    assert len(cells) == len(set(cells))
-    assert max(x for x, _ in cells) < 24
-    assert len(panels) == len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels})
+        assert "linear" in found

@@ -57,6 +57,9 @@ def test_the_commands_of_the_containers_work_together(
     *log_command, metrics_port = SERVICES["log"]["command"][1:]
     assert metrics_port == "9100"
     log_worker = as_in("log").popen(*log_command, str(log_port), log=tmp_path / "log.log")
+    monitor_port = free_port()
+    monitor_command = SERVICES["monitor"]["command"][1:-1]
+    monitor = as_in("monitor").popen(*monitor_command, str(monitor_port), log=tmp_path / "monitor.log")
     try:
         with apis[0], apis[1], NginxServer([api.port for api in apis]) as nginx, nginx.client() as client:
             answers = [
@@ -70,16 +73,18 @@ def test_the_commands_of_the_containers_work_together(
             targets = {
                 "phoenix-api": [f"{HOST}:{api.port}" for api in apis],
                 "phoenix-log": [f"{HOST}:{log_port}"],
+                "phoenix-monitor": [f"{HOST}:{monitor_port}"],
             }
             _assert_that_all_is_well(targets)
     finally:
-        log_worker.terminate()
-        assert log_worker.wait(60) == 0, (tmp_path / "log.log").read_text()
+        for name, worker in (("log", log_worker), ("monitor", monitor)):
+            worker.terminate()
+            assert worker.wait(60) == 0, (tmp_path / f"{name}.log").read_text()
 
 
 def _assert_that_all_is_well(targets: dict[str, list[str]]) -> None:
     with PrometheusServer(targets) as prometheus:
-        wait_until(lambda: len(prometheus.query("up == 1")) == 3, 30, "all three are scraped")
+        wait_until(lambda: len(prometheus.query("up == 1")) == 4, 30, "all four are scraped")
         rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
         firing = [
             rule["name"] for rule in rules if rule["type"] == "alerting" and prometheus.query(rule["query"])

@@ -10,7 +10,10 @@ from msgspec import Struct
 
 from phoenix_ml.domain.events import Event, PredictionMade
 from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
+from phoenix_ml.domain.healing import RetrainJob
+from phoenix_ml.domain.incidents import Alert, Incident
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
+from phoenix_ml.domain.monitoring import MonitorSettings
 from phoenix_ml.domain.routing import Routing
 from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
 
@@ -367,3 +370,203 @@ class PredictionLog(Protocol):
 
 class EventRejected(ValueError):
     """A row that the database will never take, such as one of a model that is not registered."""
+
+
+class LogPosition(Struct, frozen=True):
+    """How far a monitor has read: the last prediction's ``seq``, and the last outcome's with its id."""
+
+    seq: int = 0
+    outcome_seq: int = 0
+    outcome_id: str = "00000000-0000-0000-0000-000000000000"
+
+    @property
+    def outcome(self) -> tuple[int, str]:
+        return self.outcome_seq, self.outcome_id
+
+
+class WatchedPrediction(Struct, frozen=True, gc=False):
+    """What a monitor reads of a prediction; ``feature_sources`` as in the log."""
+
+    seq: int
+    model_id: str
+    model_version: str
+    inputs: bytes
+    feature_sources: str | dict[str, str]
+    result: Any
+    confidence: float | None
+    probabilities: list[float] | None
+    created_at_ms: int
+
+
+class WatchedOutcome(Struct, frozen=True, gc=False):
+    """The first outcome of a prediction, beside what was predicted."""
+
+    seq: int
+    id: str
+    model_id: str
+    model_version: str
+    outcome: Any
+    result: Any
+    confidence: float | None
+    probabilities: list[float] | None
+    created_at_ms: int
+
+
+class Standing(Struct, frozen=True):
+    """Where a model's monitor stands, and when somebody asked for a report at once."""
+
+    position: LogPosition
+    check_requested_at_ms: int | None = None
+
+
+class CountedBatch(Struct, frozen=True):
+    """Predictions of one version that were counted together; ``number`` counts the version's batches."""
+
+    model_version: str
+    number: int
+    rows: int
+    first_seq: int
+    last_seq: int
+    started_at_ms: int
+    ended_at_ms: int
+    counts: bytes
+
+
+class MonitorReport(Struct, frozen=True):
+    """What a check has found, for people; ``kind`` is ``drift`` or ``performance``."""
+
+    id: str
+    model_id: str
+    model_version: str
+    kind: str
+    created_at_ms: int
+    rows: int
+    report: dict[str, Any]
+
+
+class MonitorStep(Struct, frozen=True):
+    """All that follows from what was read between two positions of one model.
+
+    ``opened`` incidents are new; of the ``changed`` ones the severity, the words, the evidence and the resolution
+    count, as a person may have acknowledged them meanwhile. ``answers_check`` is the request that a report answers.
+    """
+
+    model_id: str
+    was: LogPosition
+    now: LogPosition
+    state: bytes
+    at_ms: int
+    batches: tuple[CountedBatch, ...] = ()
+    reports: tuple[MonitorReport, ...] = ()
+    opened: tuple[Incident, ...] = ()
+    changed: tuple[Incident, ...] = ()
+    alert: Alert | None = None
+    retrain: RetrainJob | None = None
+    answers_check: int | None = None
+
+
+class Monitoring(Protocol):
+    """The prediction log as monitors read it, and what they have seen in it.
+
+    Raises DatabaseUnavailable when the database is. What a model's monitor has read and what it concluded are
+    stored by one ``commit``, so that one which is killed neither counts twice nor forgets.
+    """
+
+    def standings(self) -> dict[str, Standing]:
+        """Where each registered model's monitor stands; a model that is new starts at its first prediction."""
+        ...
+
+    def state(self, model_id: str) -> tuple[LogPosition, bytes]:
+        """A position and the state that the model's monitor left there.
+
+        Raises ModelUnknown for a model without any.
+        """
+        ...
+
+    def predictions(self, after: int, limit: int) -> list[WatchedPrediction]:
+        """The next rows of the log, of all models, in the order of ``seq``."""
+        ...
+
+    def outcomes(self, after: tuple[int, str], limit: int) -> tuple[list[WatchedOutcome], tuple[int, str]]:
+        """Outcomes that have met their predictions, in that order, of all models; later ones of the same prediction
+        are left out. Also where to read on.
+        """
+        ...
+
+    def log_end(self) -> int:
+        """The ``seq`` of the log's last row now."""
+        ...
+
+    def latest(
+        self, model_id: str, model_version: str, rows: int, *, until_seq: int | None = None
+    ) -> list[WatchedPrediction]:
+        """The version's newest predictions, the oldest of them first; those up to ``until_seq`` if one is given."""
+        ...
+
+    def batches(self, model_id: str, model_version: str) -> list[CountedBatch]:
+        """The batches that are kept of a version, the oldest first."""
+        ...
+
+    def commit(self, step: MonitorStep) -> bool:
+        """Stores the step; False, and nothing is stored, when another monitor has moved the model's position.
+
+        Of a version's batches and of each kind of its reports the newest are kept. An incident whose cause is open
+        already, and a job whose id is known, are not stored twice.
+        """
+        ...
+
+    def skip(self, positions: Mapping[str, tuple[LogPosition, LogPosition]]) -> None:
+        """Moves models (from, to) between whose positions there is nothing of theirs; as ``commit`` does, each
+        only if it still stands there.
+        """
+        ...
+
+    def retrain_requests(self, model_id: str, since_ms: int) -> tuple[int | None, int]:
+        """When a retraining was last asked for, and how often since then."""
+        ...
+
+    def reports(
+        self, model_id: str, kind: str, model_version: str | None = None, limit: int = 1
+    ) -> list[MonitorReport]:
+        """The newest first."""
+        ...
+
+    def request_check(self, model_id: str, at_ms: int) -> bool:
+        """Has the model's monitor write a report at once; False when no monitor has seen the model yet."""
+        ...
+
+    def incidents(self, query: "IncidentQuery") -> tuple[list[Incident], str | None]:
+        """A page, the latest opened first, and the cursor of the next one, None at the end."""
+        ...
+
+    def acknowledge(self, incident_id: str, actor: str, at_ms: int) -> Incident:
+        """The incident, known to a person from now on. Raises IncidentUnknown, and IncidentResolved for one that
+        has ended.
+        """
+        ...
+
+    def alerts(self, model_id: str | None, limit: int, cursor: str | None) -> tuple[list[Alert], str | None]:
+        """A page, the newest first, and the cursor of the next one, None at the end."""
+        ...
+
+    def settings(self, model_id: str) -> MonitorSettings:
+        """The model's settings over those of all models over the defaults."""
+        ...
+
+    def change_settings(
+        self, model_id: str, changes: Mapping[str, Any], actor: str, *, replace: bool = False
+    ) -> MonitorSettings:
+        """Sets what is given (None takes the default back), with ``replace`` also all that is not. Writes the
+        audit log. Raises InvalidField and ModelUnknown; ``*`` stands for all models.
+        """
+        ...
+
+
+class IncidentQuery(Struct, frozen=True):
+    """Which incidents to list; ``cursor`` is what the previous page returned."""
+
+    model_id: str | None = None
+    model_version: str | None = None
+    unresolved: bool = False
+    limit: int = 50
+    cursor: str | None = None

@@ -5,9 +5,10 @@ from typing import Any
 
 import msgspec
 
-from phoenix_ml.application.ports import LoggedPrediction, PredictionLog, UnmatchedOutcome
+from phoenix_ml.application.ports import LoggedPrediction, MonitorReport, PredictionLog, UnmatchedOutcome
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.events import Event, OutcomeReported
+from phoenix_ml.domain.incidents import Alert, Incident
 from phoenix_ml.domain.models import ModelVersion
 
 
@@ -56,7 +57,7 @@ def describe_version(version: ModelVersion, *, baseline: bool = False) -> dict[s
         "has_baseline": metadata.baseline is not None,
     }
     if baseline:
-        described["baseline"] = metadata.baseline
+        described["baseline"] = msgspec.to_builtins(metadata.baseline)
     return described
 
 
@@ -122,4 +123,48 @@ def describe_event(event: Event) -> dict[str, Any]:
         "entity_id": event.entity_id,
         "result": event.result,
         "created_at": iso_time(event.created_at_ms),
+    }
+
+
+def describe_report(report: MonitorReport) -> dict[str, Any]:
+    """One look at a version: what was found stands under ``report``."""
+    return {
+        "model_id": report.model_id,
+        "model_version": report.model_version,
+        "created_at": iso_time(report.created_at_ms),
+        "rows": report.rows,
+        "report": report.report,
+    }
+
+
+def describe_incident(incident: Incident) -> dict[str, Any]:
+    return {
+        "incident_id": incident.id,
+        "model_id": incident.model_id,
+        "model_version": incident.model_version,
+        "kind": incident.kind,
+        "cause": incident.cause,
+        "severity": incident.severity,
+        "status": incident.status,
+        "summary": incident.summary,
+        "evidence": incident.evidence,
+        "opened_at": iso_time(incident.opened_at_ms),
+        "updated_at": iso_time(incident.updated_at_ms),
+        "acknowledged_at": iso_time(incident.acknowledged_at_ms),
+        "acknowledged_by": incident.acknowledged_by,
+        "resolved_at": iso_time(incident.resolved_at_ms),
+        "resolution": incident.resolution,
+    }
+
+
+def describe_alert(alert: Alert) -> dict[str, Any]:
+    return {
+        "alert_id": alert.id,
+        "model_id": alert.model_id,
+        "model_version": alert.model_version,
+        "severity": alert.severity,
+        "title": alert.title,
+        "text": alert.text,
+        "incidents": alert.incidents,
+        "created_at": iso_time(alert.at_ms),
     }

@@ -19,11 +19,14 @@ PhoenixError
 │   ├── VersionUnknown            version_unknown
 │   ├── EntityUnknown             entity_unknown           no features are stored for the entity
 │   ├── PredictionUnknown         prediction_unknown
+│   ├── IncidentUnknown           incident_unknown
 │   └── PathUnknown               path_unknown
 ├── Conflict
 │   ├── VersionConflict           version_conflict         the version exists with other bytes
 │   ├── VersionInactive           version_inactive         registered, but not serving
 │   ├── StageConflict             stage_conflict           not a legal promotion
+│   ├── NoBaseline                no_baseline              nothing to compare with
+│   ├── IncidentResolved          incident_resolved        it has ended already
 │   └── RoutingConflict           routing_conflict         a version that the routing still names
 ├── TooLarge
 │   ├── BodyTooLarge              body_too_large
@@ -124,6 +127,10 @@ class PredictionUnknown(NotFound):
     code = "prediction_unknown"
 
 
+class IncidentUnknown(NotFound):
+    code = "incident_unknown"
+
+
 class PathUnknown(NotFound):
     code = "path_unknown"
 
@@ -146,6 +153,14 @@ class StageConflict(Conflict):
 
 class RoutingConflict(Conflict):
     code = "routing_conflict"
+
+
+class NoBaseline(Conflict):
+    code = "no_baseline"
+
+
+class IncidentResolved(Conflict):
+    code = "incident_resolved"
 
 
 class TooLarge(PhoenixError):

@@ -85,7 +85,7 @@ def work(
     """
     settings = phoenix.settings
     with ExitStack() as stack:
-        if "ship" in roles or phoenix.kafka is None:
+        if _reads_journals(phoenix, roles):
             stack.enter_context(sole_reader(settings, stopping))
         metrics = stack.enter_context(MetricsWriter(metrics_file))
         running = {role: _start(_open_role(role, phoenix, metrics), role, stopping) for role in roles}
@@ -108,11 +108,11 @@ def work(
 @contextmanager
 def metrics_of_worker(phoenix: Phoenix, roles: Sequence[str]) -> Iterator[Path]:
     """The metrics file of a worker by itself. A worker that reads journals belongs to the server whose journals
-    they are, and counts with it; log workers on Kafka have nothing in common, so each has a folder of its own.
+    they are, and counts with it; other workers have nothing in common, so each has a folder of its own.
     """
     name = f"work-{'-'.join(roles)}"
     settings = phoenix.settings
-    if "ship" in roles or phoenix.kafka is None:
+    if _reads_journals(phoenix, roles):
         yield settings.metrics_folder / f"{name}.mmap"
         return
     for number in range(1000):
@@ -125,11 +125,19 @@ def metrics_of_worker(phoenix: Phoenix, roles: Sequence[str]) -> Iterator[Path]:
                 continue
             yield folder / f"{name}.mmap"
             return
-    raise Misconfigured(f"a thousand log workers run on {settings.data} already")
+    raise Misconfigured(f"a thousand workers run on {settings.data} already")
+
+
+def _reads_journals(phoenix: Phoenix, roles: Sequence[str]) -> bool:
+    return "ship" in roles or ("log" in roles and phoenix.kafka is None)
 
 
 def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> BackgroundRole:
     kafka = phoenix.kafka
+    if role == "monitor":
+        from phoenix_ml.processes.monitor import MonitorRole
+
+        return MonitorRole(phoenix, metrics)
     if role == "log":
         return (
             log_from_journals(phoenix, metrics) if kafka is None else log_from_kafka(phoenix, kafka, metrics)

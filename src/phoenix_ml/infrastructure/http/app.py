@@ -37,6 +37,7 @@ from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
 from phoenix_ml.infrastructure.http.features import feature_routes
 from phoenix_ml.infrastructure.http.models import model_routes
+from phoenix_ml.infrastructure.http.monitoring import monitoring_routes
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.records import record_routes
 from phoenix_ml.infrastructure.http.routes import answer, describe_body
@@ -109,6 +110,7 @@ def explored_app(
     app.include_router(model_routes(phoenix, live))
     app.include_router(feature_routes(features, live.packed_signatures, phoenix.settings.body_limit_bytes))
     app.include_router(record_routes(phoenix))
+    app.include_router(monitoring_routes(phoenix))
 
     @app.middleware("http")
     async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -89,7 +89,7 @@ class SqlPredictionLog:
         if query.until_ms is not None:
             statement = statement.where(table.created_at < query.until_ms)
         if query.cursor is not None:
-            at_ms, last_id = _parse_cursor(query.cursor)
+            at_ms, last_id = parse_cursor(query.cursor)
             position = tuple_(table.created_at, table.id)
             statement = statement.where(
                 position < tuple_(at_ms, last_id, types=[table.created_at.type, table.id.type])
@@ -105,7 +105,7 @@ class SqlPredictionLog:
         waiting = table.is_matched.is_(False)
         newest = select(outcomes).where(waiting).order_by(table.received_at.desc(), table.id.desc())
         if cursor is not None:
-            position = tuple_(*_parse_cursor(cursor), types=[table.received_at.type, table.id.type])
+            position = tuple_(*parse_cursor(cursor), types=[table.received_at.type, table.id.type])
             newest = newest.where(tuple_(table.received_at, table.id) < position)
         with self._database.read() as connection:
             count = connection.execute(select(func.count()).select_from(outcomes).where(waiting)).scalar_one()
@@ -121,18 +121,20 @@ class SqlPredictionLog:
         new_rows = 0
         # Raising the counter locks it: batches of several log workers commit in the order of seq, and an
         # outcome and its prediction never pass each other unseen.
-        last = connection.execute(self._raise_seq, {"step": len(made)}).scalar_one()
+        # Outcomes that meet their predictions in this commit share its last number.
+        step = len(made) + bool(reported)
+        last = connection.execute(self._raise_seq, {"step": step}).scalar_one()
         if made:
-            for seq, row in enumerate(made, last - len(made) + 1):
+            for seq, row in enumerate(made, last - step + 1):
                 row["seq"] = seq
             new_rows += self._add(connection, prediction_logs, made)
         if reported:
             new_rows += self._add(connection, outcomes, reported)
-        self._match(connection, made, reported)
+        self._match(connection, made, reported, last)
         return new_rows
 
     def _match(
-        self, connection: Connection, made: list[dict[str, Any]], reported: list[dict[str, Any]]
+        self, connection: Connection, made: list[dict[str, Any]], reported: list[dict[str, Any]], seq: int
     ) -> None:
         """Marks the outcomes whose predictions are in the log, whichever came first."""
         unmatched = outcomes.c.is_matched.is_(False)
@@ -144,7 +146,7 @@ class SqlPredictionLog:
                 update(outcomes)
                 .where(unmatched, outcomes.c.prediction_id.in_(ids[start : start + 500]))
                 .where(exists().where(prediction_logs.c.id == outcomes.c.prediction_id))
-                .values(is_matched=True)
+                .values(is_matched=True, seq=seq)
             )
 
     def _prediction_row(self, event: PredictionMade, recorded: RecordedEvent) -> dict[str, Any]:
@@ -220,7 +222,8 @@ def _logged(rows: Sequence[Row[Any]], connection: Connection) -> list[LoggedPred
     return logged
 
 
-def _parse_cursor(cursor: str) -> tuple[int, str]:
+def parse_cursor(cursor: str) -> tuple[int, str]:
+    """Time and id of the row that a page ended with. Raises InvalidField."""
     at_ms, _, last_id = cursor.partition(".")
     try:
         position = int(at_ms), str(UUID(last_id))

@@ -98,6 +98,56 @@ LOG_HEARTBEAT = Gauge(
 OUTCOMES_UNMATCHED = Gauge(
     "phoenix_outcomes_unmatched", "Outcomes whose prediction is not in the log.", (), "max"
 )
+MONITOR_ROWS = Counter("phoenix_monitor_rows_total", "Predictions that this monitor has counted.")
+MONITOR_OUTCOMES = Counter("phoenix_monitor_outcomes_total", "Outcomes that this monitor has judged.")
+MONITOR_LAG_ROWS = Gauge(
+    "phoenix_monitor_lag_rows",
+    "Rows of the prediction log that come after the last one that every model's monitor has seen.",
+    (),
+    "max",
+)
+MONITOR_FAILURES = Counter(
+    "phoenix_monitor_failures_total", "Steps of the monitor put off because the database did not answer."
+)
+MONITOR_FAILED_MODELS = Gauge(
+    "phoenix_monitor_failed_models",
+    "Models that cannot be watched because of a defect; the log has its traceback.",
+    (),
+    "max",
+)
+MONITOR_HEARTBEAT = Gauge(
+    "phoenix_monitor_heartbeat_timestamp_seconds", "When the monitor last completed a step.", (), "max"
+)
+INCIDENTS_OPEN = Gauge(
+    "phoenix_incidents_open", "Incidents that are not resolved, by kind.", ("model", "kind"), "max"
+)
+DRIFT_DISTANCE = Gauge(
+    "phoenix_drift_d",
+    "Distance of a feature's recent values from the reference, as Kolmogorov-Smirnov's D; `_score` and `_result` are the model's own.",
+    ("model", "version", "feature"),
+    "max",
+)
+MODEL_ACCURACY = Gauge(
+    "phoenix_model_accuracy", "Accuracy by the last window of outcomes.", ("model", "version"), "max"
+)
+MODEL_ESTIMATED_ACCURACY = Gauge(
+    "phoenix_model_estimated_accuracy",
+    "Accuracy as estimated for the last batch, without outcomes.",
+    ("model", "version"),
+    "max",
+)
+MODEL_MAE = Gauge(
+    "phoenix_model_mae",
+    "Mean absolute error by the last window of outcomes.",
+    ("model", "version"),
+    "max",
+)
+MODEL_ESTIMATED_MAE = Gauge(
+    "phoenix_model_estimated_mae",
+    "Mean absolute error as estimated for the last batch, without outcomes.",
+    ("model", "version"),
+    "max",
+)
 PROCESS_RESTARTS = Counter(
     "phoenix_process_restarts_total", "Processes that the supervisor had to start again.", ("slot",)
 )
