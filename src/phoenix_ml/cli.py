@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -931,6 +932,61 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
 
     with opened(data) as phoenix:
         show_json(describe_prediction(phoenix.prediction_log.get(prediction_id)))
+
+
+@predictions.command("export")
+@click.option("--model", "model_id", required=True, help="The model.")
+@click.option(
+    "--version", "model_version", help="Only this version; its features are the columns, else the champion's."
+)
+@click.option("--with-outcomes", is_flag=True, help="Only predictions whose outcome is known.")
+@click.option("--since", type=click.DateTime(), help="From this time on (UTC).")
+@click.option("--until", type=click.DateTime(), help="Before this time (UTC).")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="File to write (.parquet, .csv).",
+)
+@data_option
+@json_option
+@example(
+    "phoenix-ml predictions export --model credit-risk --with-outcomes --since 2026-11-01 --out train.parquet"
+)
+def predictions_export(
+    model_id: str,
+    model_version: str | None,
+    with_outcomes: bool,
+    since: datetime | None,
+    until: datetime | None,
+    out: Path,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Write what a model was asked, what it answered and what came of it into a table to train on."""
+    from phoenix_ml.application.export import export_columns, export_rows
+    from phoenix_ml.application.ports import PredictionQuery
+    from phoenix_ml.application.reports import epoch_ms
+    from phoenix_ml.infrastructure.tables import write_table
+
+    since_ms = None if since is None else epoch_ms(since, "since")
+    until_ms = None if until is None else epoch_ms(until, "until")
+    written = 0
+    with opened(data) as phoenix, Progress(console=err, transient=True) as progress:
+        version = watched_version(phoenix, model_id, model_version)
+        query = PredictionQuery(model_id, model_version, since_ms=since_ms, until_ms=until_ms)
+        task = progress.add_task("exporting", total=None)
+        with write_table(out, export_columns(version.metadata)) as add_rows:
+            for rows in export_rows(
+                phoenix.prediction_log, query, version.metadata, with_outcomes=with_outcomes
+            ):
+                add_rows(rows)
+                written += len(rows)
+                progress.update(task, description=f"exporting, {written:,} rows")
+    if as_json:
+        show_json({"rows": written, "file": str(out)})
+        return
+    click.echo(f"wrote {written:,} rows to {out}")
 
 
 @predictions.command("replay")

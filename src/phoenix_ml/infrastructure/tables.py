@@ -1,12 +1,14 @@
-"""Tables that people have at hand, CSV and Parquet, read in batches of any file size."""
+"""Tables that people have at hand, CSV and Parquet, read and written in batches of any file size."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phoenix_ml.domain.errors import InvalidField
+from phoenix_ml.domain.features import FeatureType
 
 _BATCH_ROWS = 4096
 Columns = dict[str, list[Any]]
@@ -60,6 +62,38 @@ def read_columns(path: Path) -> Columns:
             for name, values in batch.items():
                 columns[name].extend(values)
     return columns
+
+
+@contextmanager
+def write_table(
+    path: Path, columns: Mapping[str, FeatureType]
+) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """A function that adds rows to a ``.parquet`` or ``.csv`` file, which is there when the block has ended well.
+
+    Raises InvalidField for another kind of file, and for a place where none can be written.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    types = {
+        FeatureType.FLOAT: pa.float64(),
+        FeatureType.INTEGER: pa.int64(),
+        FeatureType.BOOLEAN: pa.bool_(),
+        FeatureType.STRING: pa.string(),
+    }
+    writers = {".parquet": parquet.ParquetWriter, ".csv": csv.CSVWriter}
+    if path.suffix not in writers:
+        raise InvalidField(f"{path.name}: the file must be .csv or .parquet", field="out")
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with writers[path.suffix](str(part), schema) as writer:
+            yield lambda rows: writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+        part.replace(path)
+    except (pa.ArrowException, OSError) as exc:
+        raise InvalidField(f"{path} cannot be written: {exc}", field="out") from exc
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _parquet_batches(file: Any) -> Iterator[tuple[Columns, float]]:
