@@ -34,7 +34,7 @@ lock: $(STAMPS)/test  ## Resolve the dependencies anew, for every supported Pyth
 	$(BIN)/python -m pip install -q uv
 	$(LOCK) --extra convert requirements/demo.in -o requirements/demo.txt
 	$(LOCK) --all-extras requirements/test.in -o requirements/test.txt
-	$(LOCK) --extra redis --extra postgres --extra kafka requirements/serve.in -o requirements/serve.txt
+	$(LOCK) --extra redis --extra postgres --extra kafka --extra alerts requirements/serve.in -o requirements/serve.txt
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --no-header --upgrade pyproject.toml

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from phoenix_ml.application.ports import (
     ArtifactStore,
     DeadLetters,
+    Deliveries,
     Engines,
     FeatureStore,
     Journal,
@@ -41,6 +42,7 @@ class Phoenix:
     registry: Registry
     prediction_log: PredictionLog
     monitoring: Monitoring
+    deliveries: Deliveries
     artifacts: ArtifactStore
     engines: Engines
     kafka: Kafka | None
@@ -55,7 +57,9 @@ class Phoenix:
 
 def bootstrap(settings: Settings) -> Phoenix:
     """The application. Opens no connection yet. Raises Misconfigured, saying which setting to change."""
+    from phoenix_ml.infrastructure.alerts.channels import KAFKA, channel_names
     from phoenix_ml.infrastructure.sql.database import Database
+    from phoenix_ml.infrastructure.sql.deliveries import SqlDeliveries
     from phoenix_ml.infrastructure.sql.monitoring import SqlMonitoring
     from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
@@ -68,12 +72,14 @@ def bootstrap(settings: Settings) -> Phoenix:
         make_data_folder(settings)
     database = Database(settings.database_url)
     announcer = None if kafka is None else kafka.announcer()
+    channels = channel_names(settings.alerts, settings.alerts_secret, has_kafka=kafka is not None)
     return Phoenix(
         settings,
         database,
         SqlRegistry(database) if announcer is None else SqlRegistry(database, announcer),
         SqlPredictionLog(database),
-        SqlMonitoring(database),
+        SqlMonitoring(database, channels, () if kafka is None else (KAFKA,)),
+        SqlDeliveries(database),
         open_artifacts(settings),
         open_engines(settings),
         kafka,

@@ -136,7 +136,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
-    type=click.Choice(["all", "ship", "log", "monitor", "none"]),
+    type=click.Choice(["all", "ship", "log", "monitor", "alert", "none"]),
     help="What the background process does.",
 )
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
@@ -158,13 +158,13 @@ def serve(**flags: Any) -> None:
 
 
 @main.command()
-@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor"]))
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor", "alert"]))
 @click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
 def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
-    """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down, and
-    monitor watches the models.
+    """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down,
+    monitor watches the models, and alert tells people.
     """
     from phoenix_ml.infrastructure.telemetry.exporter import export_metrics
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs

@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
-    roles: Literal["all", "ship", "log", "monitor", "none"] = Field(
+    roles: Literal["all", "ship", "log", "monitor", "alert", "none"] = Field(
         "all",
-        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `all`, or `none` to start none.",
+        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `alert` people, `all`, or `none` to start none.",
     )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
 
@@ -117,6 +117,20 @@ class Settings(BaseSettings):
         description="Least time between two alerts of one model; what comes within it waits for the next.",
     )
 
+    alerts: str = Field(
+        "log:",
+        description="Who hears of alerts, separated by spaces: `log:`, `webhook+https://…`, or `apprise+` before a URL of Apprise; Kafka hears where it is used.",
+    )
+    alerts_secret: str = Field(
+        "", description="What webhooks are signed with, in base64; empty: they are not signed."
+    )
+    alerts_give_up_h: float = Field(
+        24.0, gt=0, description="How long an alert is tried again on a channel that does not take it."
+    )
+    alerts_a_minute: int = Field(
+        30, ge=1, description="Most messages to one channel in a minute; the others wait."
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or plain text.")
 
@@ -148,7 +162,7 @@ class Settings(BaseSettings):
         """The roles of the background process; none means that there is no such process."""
         if self.roles == "all":
             ship = () if self.events.startswith("local:") else ("ship",)
-            return (*ship, "log", "monitor")
+            return (*ship, "log", "monitor", "alert")
         return () if self.roles == "none" else (self.roles,)
 
     @property

@@ -81,9 +81,17 @@ ELSEWHERE = {
     "artifact_store_unavailable": (503, "test_operations.py"),
     "model_load_failed": (500, "test_operations.py"),
     "headers_too_large": (431, "test_connections.py"),
+    "incident_unknown": (404, "test_monitoring.py"),
+    "incident_resolved": (409, "test_monitoring.py"),
 }
-# The first three are said by the command line; the last is a defect, which no request brings about at will.
-NEVER_ANSWERED = {"misconfigured", "server_unreachable", "events_unavailable", "internal_error"}
+# The first four are said by the command line; the last is a defect, which no request brings about at will.
+NEVER_ANSWERED = {
+    "misconfigured",
+    "server_unreachable",
+    "events_unavailable",
+    "no_baseline",
+    "internal_error",
+}
 
 
 @pytest.mark.parametrize("code", PROVOKED)

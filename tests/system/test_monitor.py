@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from onnx_models import linear_regressor, write
 from phoenix_server import PhoenixServer
+from receiver import Received, receiving
 from servers import wait_until
 
 from phoenix_ml.application.ports import IncidentQuery
@@ -27,9 +28,17 @@ def rows(seed: int, count: int, *, shift: float = 0.0) -> dict[str, list[float]]
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[PhoenixServer]:
+def people() -> Iterator[Received]:
+    """Whoever hears of alerts."""
+    with receiving() as web:
+        yield web
+
+
+@pytest.fixture
+def server(tmp_path: Path, people: Received) -> Iterator[PhoenixServer]:
     """One model with a reference, watched in batches of 200; its scores are not looked at."""
-    server = PhoenixServer(tmp_path, registry_poll_ms=100)
+    alerts = f"log: webhook+http://{people.host}/hook"
+    server = PhoenixServer(tmp_path, registry_poll_ms=100, alerts=alerts)
     artifact = write(tmp_path / "model.onnx", linear_regressor(2))
     server.register(artifact, MODEL, "1.0.0", contract=CONTRACT, reference=rows(1, 4000))
     changes = ("--set", f"batch_rows={BATCH_ROWS}", "--set", "left_out=_score")
@@ -81,6 +90,30 @@ def test_a_planted_drift_is_one_incident_and_one_alert_in_spite_of_a_killed_moni
     alerts = httpx.get(f"{server.url}/alerts", params={"model_id": MODEL}).json()["items"]
     (alert,) = alerts
     assert alert["title"].startswith("linear 1.0.0: income drifted, higher")
+
+
+def test_a_receiver_that_is_down_stops_nothing_and_hears_the_alert_once_it_is_back(
+    server: PhoenixServer, people: Received
+) -> None:
+    """The monitor must not wait for whoever listens, and nobody must miss what was said meanwhile."""
+    people.status = 503
+    ask(server, rows(2, 1000, shift=1.0))
+    wait_until(lambda: len(people.calls) >= 1, 60, "the receiver was asked")
+    ask(server, rows(3, 1000, shift=1.0))
+    wait_until(lambda: len(counted_rows(server)) == 10, 60, "the monitor goes on")
+
+    people.status = 200
+    wait_until(lambda: waiting(server) == {}, 60, "the alert is told")
+
+    told = [json.loads(body) for _, _, body in people.calls]
+    assert {one["type"] for one in told} == {"phoenix-ml.alert"}
+    assert len({one["data"]["id"] for one in told}) == 1
+    assert len([1 for line in server.log_records() if "income drifted" in line["message"]]) == 1
+
+
+def waiting(server: PhoenixServer) -> dict[str, int]:
+    with server.opened() as phoenix:
+        return phoenix.deliveries.waiting()
 
 
 def test_a_person_sees_the_drift_and_acknowledges_it(server: PhoenixServer, tmp_path: Path) -> None:

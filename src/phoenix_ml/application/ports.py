@@ -570,3 +570,49 @@ class IncidentQuery(Struct, frozen=True):
     unresolved: bool = False
     limit: int = 50
     cursor: str | None = None
+
+
+class Delivery(Struct, frozen=True):
+    """Something that a channel has to be told: an alert or a request to retrain (``kind`` alert, retrain).
+
+    ``id`` is the same in every attempt and on every channel, so that a receiver can tell what it has already.
+    """
+
+    id: str
+    channel: str
+    kind: str
+    payload: dict[str, Any]
+    created_at_ms: int
+    attempts: int
+
+
+class Deliveries(Protocol):
+    """What waits to be told, written by the monitor's ``commit``. Raises DatabaseUnavailable."""
+
+    def take(self, channel: str, now_ms: int, leased_until_ms: int, limit: int) -> list[Delivery]:
+        """The oldest that wait for the channel; nobody else gets them before ``leased_until_ms``."""
+        ...
+
+    def delivered(self, delivery: Delivery, at_ms: int) -> None: ...
+
+    def failed(self, delivery: Delivery, error: str, again_at_ms: int | None) -> None:
+        """It is taken again after ``again_at_ms``; with None it is given up, and stays with its error."""
+        ...
+
+    def waiting(self) -> dict[str, int]:
+        """How many wait, by channel, those given up left out."""
+        ...
+
+
+class DeliveryFailed(Exception):
+    """A channel did not take what it was told; another attempt may succeed."""
+
+
+class Channel(Protocol):
+    """A way to people or to other programs. Belongs to one thread."""
+
+    def tell(self, delivery: Delivery) -> None:
+        """Returns when it is told. Raises DeliveryFailed within seconds."""
+        ...
+
+    def close(self) -> None: ...

@@ -138,6 +138,10 @@ def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> Backgroun
         from phoenix_ml.processes.monitor import MonitorRole
 
         return MonitorRole(phoenix, metrics)
+    if role == "alert":
+        from phoenix_ml.processes.alert import AlertRole
+
+        return AlertRole(phoenix, metrics)
     if role == "log":
         return (
             log_from_journals(phoenix, metrics) if kafka is None else log_from_kafka(phoenix, kafka, metrics)

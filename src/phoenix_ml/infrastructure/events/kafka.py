@@ -35,6 +35,8 @@ from phoenix_ml.infrastructure.events import cloudevents
 INFERENCE_EVENTS: Final = "inference-events"
 DEAD_EVENTS: Final = "inference-events.dead"
 MODEL_EVENTS: Final = "model-events"
+MODEL_ALERTS: Final = "model-alerts"
+RETRAIN_REQUESTS: Final = "retrain-requests"
 
 _LOG_GROUP: Final = "phoenix-log"
 _REQUEUE_GROUP: Final = "phoenix-dead-requeue"
@@ -135,6 +137,8 @@ class Kafka:
             INFERENCE_EVENTS: self._partitions,
             DEAD_EVENTS: 1,
             MODEL_EVENTS: 1,  # changes are read in their order
+            MODEL_ALERTS: 1,
+            RETRAIN_REQUESTS: 1,
         }
         with self._admin() as admin:
             there = admin.list_topics(timeout=_PATIENCE_S).topics

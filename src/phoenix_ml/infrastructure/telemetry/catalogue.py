@@ -148,6 +148,17 @@ MODEL_ESTIMATED_MAE = Gauge(
     ("model", "version"),
     "max",
 )
+ALERT_DELIVERIES = Counter(
+    "phoenix_alert_deliveries_total",
+    "Attempts to tell a channel of an alert, by result: told, failed (tried again) or given_up.",
+    ("channel", "result"),
+)
+ALERTS_WAITING = Gauge(
+    "phoenix_alerts_waiting", "Alerts that a channel has not been told of yet.", ("channel",), "max"
+)
+ALERT_HEARTBEAT = Gauge(
+    "phoenix_alert_heartbeat_timestamp_seconds", "When the alert role last completed a step.", (), "max"
+)
 PROCESS_RESTARTS = Counter(
     "phoenix_process_restarts_total", "Processes that the supervisor had to start again.", ("slot",)
 )

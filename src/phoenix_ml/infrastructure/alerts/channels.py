@@ -1,0 +1,214 @@
+"""Ways to tell people, each named by a URL: the log, signed webhooks, everything that Apprise knows, Kafka."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from phoenix_ml.application.ports import Channel, Delivery, DeliveryFailed
+from phoenix_ml.application.reports import iso_time
+from phoenix_ml.domain.errors import EventsUnavailable, Misconfigured
+
+if TYPE_CHECKING:  # Kafka's library is an extra
+    from phoenix_ml.infrastructure.events.kafka import Kafka
+
+log = logging.getLogger(__name__)
+KAFKA = "kafka"
+_TIMEOUT_S = 10.0
+_SECRET_PREFIX = "whsec_"  # noqa: S105 - as the standard writes secrets
+
+
+def channel_names(urls: str, secret: str, *, has_kafka: bool) -> tuple[str, ...]:
+    """The channels that the URLs, separated by spaces or commas, stand for, by names that hold no secrets.
+
+    Raises Misconfigured for a URL that is no channel, and for a secret that is none.
+    """
+    _signing_key(secret)
+    names = [_name(url) for url in _split(urls)]
+    return (*names, KAFKA) if has_kafka else tuple(names)
+
+
+def open_channels(urls: str, secret: str, kafka: "Kafka | None") -> dict[str, Channel]:
+    """The channels by name. Raises Misconfigured, saying which setting to change."""
+    found: dict[str, Channel] = {}
+    for url in _split(urls):
+        name = _name(url)
+        found[name] = _open(url, secret)
+    if kafka is not None:
+        found[KAFKA] = KafkaChannel(kafka)
+    return found
+
+
+def _split(urls: str) -> list[str]:
+    return urls.replace(",", " ").split()
+
+
+def _name(url: str) -> str:
+    """The same for the same URL, and without what a URL may keep secret: its user, path and query."""
+    parts = urlsplit(url)
+    scheme = parts.scheme
+    if url == "log:":
+        return "log"
+    if not (scheme.startswith(("webhook+http", "apprise+")) and parts.netloc):
+        raise Misconfigured(
+            f"PHOENIX_ALERTS: {scheme or url}: is no channel: give log:, webhook+https://…, webhook+http://… or "
+            "apprise+ before a URL of Apprise, such as apprise+mailtos://…",
+            setting="PHOENIX_ALERTS",
+        )
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    return f"{scheme.partition('+')[0]}:{parts.hostname or scheme}-{digest}"[:128]
+
+
+def _open(url: str, secret: str) -> Channel:
+    if url == "log:":
+        return LogChannel()
+    kind, _, target = url.partition("+")
+    if kind == "webhook":
+        return WebhookChannel(target, secret)
+    return AppriseChannel(target)
+
+
+def describe_delivery(delivery: Delivery) -> dict[str, Any]:
+    """What other programs are sent: the kind, when, and the alert or the request itself."""
+    return {
+        "type": f"phoenix-ml.{delivery.kind}",
+        "timestamp": iso_time(delivery.created_at_ms),
+        "data": delivery.payload,
+    }
+
+
+class LogChannel:
+    """Into the log of the process."""
+
+    def tell(self, delivery: Delivery) -> None:
+        payload = delivery.payload
+        log.warning(
+            "%s",
+            payload["title"],
+            extra={"alert_id": payload["id"], "severity": payload["severity"], "text": payload["text"]},
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class WebhookChannel:
+    """A POST of JSON, signed as https://www.standardwebhooks.com says where there is a secret."""
+
+    def __init__(self, url: str, secret: str, timeout_s: float = _TIMEOUT_S) -> None:
+        import httpx
+
+        self._url = url
+        self._key = _signing_key(secret)
+        self._client = httpx.Client(timeout=timeout_s)
+        self._errors = (httpx.HTTPError, httpx.InvalidURL)
+
+    def tell(self, delivery: Delivery) -> None:
+        body = msgspec.json.encode(describe_delivery(delivery))
+        at_s = int(time.time())
+        headers = {
+            "content-type": "application/json",
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(at_s),
+        }
+        if self._key:
+            headers["webhook-signature"] = sign(self._key, delivery.id, at_s, body)
+        try:
+            response = self._client.post(self._url, content=body, headers=headers)
+        except self._errors as exc:
+            raise DeliveryFailed(f"{type(exc).__name__}: {exc}") from exc
+        if not response.is_success:
+            raise DeliveryFailed(f"HTTP {response.status_code}")
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def sign(key: bytes, message_id: str, at_s: int, body: bytes) -> str:
+    """``v1,`` and base64 of HMAC-SHA256 over ``id.timestamp.body``."""
+    digest = hmac.new(key, f"{message_id}.{at_s}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def _signing_key(secret: str) -> bytes:
+    if not secret:
+        return b""
+    try:
+        return base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
+    except binascii.Error as exc:
+        raise Misconfigured(
+            "PHOENIX_ALERTS_SECRET: give base64, with whsec_ before it or not, as `openssl rand -base64 32` prints it",
+            setting="PHOENIX_ALERTS_SECRET",
+        ) from exc
+
+
+class AppriseChannel:
+    """Slack, Mattermost, e-mail and a hundred more, through the library Apprise."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import apprise
+        except ModuleNotFoundError as exc:
+            raise Misconfigured(
+                "PHOENIX_ALERTS: apprise+ needs its library: pip install 'phoenix-ml[alerts]'"
+            ) from exc
+        self._apprise = apprise.Apprise()
+        if not self._apprise.add(url):
+            raise Misconfigured(
+                f"PHOENIX_ALERTS: Apprise does not understand the {urlsplit(url).scheme}:// URL",
+                setting="PHOENIX_ALERTS",
+            )
+
+    def tell(self, delivery: Delivery) -> None:
+        payload = delivery.payload
+        # It tells only whether, and logs why.
+        if not self._apprise.notify(title=payload["title"], body=payload["text"] or payload["title"]):
+            raise DeliveryFailed("Apprise did not deliver it; its own lines in the log say why")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class KafkaChannel:
+    """Topic ``model-alerts`` for alerts, ``retrain-requests`` for requests to retrain; the key is the model."""
+
+    def __init__(self, kafka: "Kafka") -> None:
+        from phoenix_ml.infrastructure.events.kafka import KafkaOutbox
+
+        self._outbox = KafkaOutbox(kafka)
+
+    def tell(self, delivery: Delivery) -> None:
+        from phoenix_ml.infrastructure.events import cloudevents
+        from phoenix_ml.infrastructure.events.kafka import MODEL_ALERTS, RETRAIN_REQUESTS
+
+        topic = RETRAIN_REQUESTS if delivery.kind == "retrain" else MODEL_ALERTS
+        kind = "phoenix-ml.retrain-requested" if delivery.kind == "retrain" else "phoenix-ml.model-alerted"
+        headers = [
+            *cloudevents.cloud_headers(kind, 1, b"application/json"),
+            ("ce_id", delivery.id.encode()),
+            ("ce_time", cloudevents.rfc_3339(delivery.created_at_ms)),
+        ]
+        message = cloudevents.Message(
+            delivery.payload["model_id"].encode(), msgspec.json.encode(delivery.payload), headers
+        )
+        give_up_at = time.monotonic() + _TIMEOUT_S
+
+        def keep_waiting() -> None:
+            if time.monotonic() > give_up_at:
+                raise DeliveryFailed(f"Kafka does not acknowledge: {self._outbox.trouble}")
+
+        try:
+            refused = self._outbox.send(topic, [message], keep_waiting)
+        except EventsUnavailable as exc:
+            raise DeliveryFailed(exc.message) from exc
+        if refused:
+            raise DeliveryFailed(refused[0][1])
+
+    def close(self) -> None:
+        self._outbox.close()

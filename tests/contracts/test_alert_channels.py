@@ -1,0 +1,237 @@
+"""Each way to people, held against a real receiver: a web server, a mail server, Kafka."""
+
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from email import message_from_bytes
+from typing import Any
+
+import pytest
+from aiosmtpd.controller import Controller
+from confluent_kafka import Consumer
+from receiver import Received, receiving
+from sample_events import AT_MS
+from servers import HOST, free_port, wait_until
+from standardwebhooks import Webhook
+
+from phoenix_ml.application.ports import Channel, Delivery, DeliveryFailed
+from phoenix_ml.domain.errors import Misconfigured
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.infrastructure.alerts.channels import KAFKA, WebhookChannel, channel_names, open_channels
+from phoenix_ml.infrastructure.events.kafka import MODEL_ALERTS, RETRAIN_REQUESTS, Kafka
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def delivery(kind: str = "alert") -> Delivery:
+    alert_id = new_id()
+    payload = {
+        "id": alert_id,
+        "model_id": "risk",
+        "model_version": "1.0.0",
+        "severity": "critical",
+        "title": "risk 1.0.0: income drifted",
+        "text": "income drifted, higher: distance 0.4 over 1000 rows",
+    }
+    return Delivery(alert_id, "x", kind, payload, AT_MS, 0)
+
+
+def channel(url: str, secret: str = "") -> Channel:
+    (opened,) = open_channels(url, secret, None).values()
+    return opened
+
+
+@pytest.fixture
+def web() -> Iterator[Received]:
+    with receiving() as server:
+        yield server
+
+
+def test_a_webhook_is_signed_so_that_the_standards_own_library_accepts_it(web: Received) -> None:
+    """A receiver must be able to tell our alert from anybody's; an attempt that is repeated has the same id."""
+    told = delivery()
+    with closing(channel(f"webhook+http://{web.host}/hook?team=ml", SECRET)) as webhook:
+        webhook.tell(told)
+
+    ((path, headers, body),) = web.calls
+    verified = Webhook(SECRET).verify(body, headers)
+
+    assert (path, headers["webhook-id"]) == ("/hook?team=ml", told.id)
+    assert verified == {
+        "type": "phoenix-ml.alert",
+        "timestamp": "2025-10-09T08:53:20.123Z",
+        "data": told.payload,
+    }
+
+
+def test_without_a_secret_a_webhook_is_not_signed(web: Received) -> None:
+    """A signature of nothing would only look like one."""
+    with closing(channel(f"webhook+http://{web.host}/")) as webhook:
+        webhook.tell(delivery())
+
+    assert "webhook-signature" not in web.calls[0][1]
+
+
+@pytest.mark.parametrize("status", [302, 404, 500])
+def test_a_webhook_that_is_not_taken_has_failed(web: Received, status: int) -> None:
+    """Only a 2xx says that somebody has it."""
+    web.status = status
+    with (
+        closing(channel(f"webhook+http://{web.host}/")) as webhook,
+        pytest.raises(DeliveryFailed, match=str(status)),
+    ):
+        webhook.tell(delivery())
+
+
+def test_a_dead_port_is_a_failure_that_does_not_tell_the_url() -> None:
+    """The errors are on record for many to read; a webhook's path is its password."""
+    with closing(channel(f"webhook+http://{HOST}:{free_port()}/very-secret")) as webhook:
+        with pytest.raises(DeliveryFailed) as caught:
+            webhook.tell(delivery())
+
+    assert "refused" in str(caught.value)
+    assert "very-secret" not in str(caught.value)
+
+
+def test_chat_hears_the_title_and_the_text(web: Received) -> None:
+    """Slack-compatible webhooks take {"text": …}; Mattermost's are such, on any host."""
+    with closing(channel(f"apprise+mmost://{web.host}/3ccdd113474722377935511fc85d3dd4")) as chat:
+        chat.tell(delivery())
+
+    ((path, _, body),) = web.calls
+    assert path == "/hooks/3ccdd113474722377935511fc85d3dd4"
+    assert "income drifted, higher" in json.loads(body)["text"]
+
+
+def test_chat_that_refuses_has_failed(web: Received) -> None:
+    """The library says only false; that must not pass as told."""
+    web.status = 500
+    with (
+        closing(channel(f"apprise+mmost://{web.host}/3ccdd113474722377935511fc85d3dd4")) as chat,
+        pytest.raises(DeliveryFailed),
+    ):
+        chat.tell(delivery())
+
+
+class Mailbox:
+    """What a mail server received."""
+
+    def __init__(self) -> None:
+        self.mails: list[tuple[list[str], bytes]] = []
+
+    async def handle_DATA(self, _: Any, __: Any, envelope: Any) -> str:  # noqa: N802 - aiosmtpd's name
+        self.mails.append((envelope.rcpt_tos, envelope.content))
+        return "250 taken"
+
+
+@contextmanager
+def mail_server(box: Mailbox) -> Iterator[int]:
+    controller = Controller(box, hostname=HOST, port=free_port())
+    controller.start()
+    yield controller.port
+    controller.stop()
+
+
+def test_mail_arrives_with_the_title_as_its_subject() -> None:
+    """Through a real SMTP conversation."""
+    box = Mailbox()
+    with mail_server(box) as port:
+        url = f"apprise+mailto://{HOST}:{port}?from=phoenix@example.com&to=oncall@example.com&mode=insecure"
+        with closing(channel(url)) as mail:
+            mail.tell(delivery())
+
+    ((receivers, content),) = box.mails
+    message = message_from_bytes(content)
+    assert (receivers, message["subject"]) == (["oncall@example.com"], "risk 1.0.0: income drifted")
+
+
+def test_the_log_has_the_alert(caplog: pytest.LogCaptureFixture) -> None:
+    """The one channel that everybody has."""
+    with caplog.at_level(logging.WARNING), closing(channel("log:")) as log:
+        log.tell(delivery())
+
+    assert caplog.messages == ["risk 1.0.0: income drifted"]
+
+
+def test_kafka_has_alerts_and_requests_to_retrain_on_topics_of_their_own(kafka_url: str) -> None:
+    """Other programs follow them: the key is the model, the id the same in every attempt."""
+    kafka = Kafka(kafka_url, partitions=1)
+    kafka.create_topics()
+    alert, request = delivery(), delivery("retrain")
+    with closing(open_channels("", "", kafka)[KAFKA]) as told:
+        told.tell(alert)
+        told.tell(request)
+
+    found = [read_one(kafka, topic) for topic in (MODEL_ALERTS, RETRAIN_REQUESTS)]
+
+    assert found == [
+        (b"risk", alert.payload, b"phoenix-ml.model-alerted", alert.id.encode()),
+        (b"risk", request.payload, b"phoenix-ml.retrain-requested", request.id.encode()),
+    ]
+
+
+def read_one(kafka: Kafka, topic: str) -> tuple[Any, Any, Any, Any]:
+    consumer: Consumer = kafka.consumer(f"test-{topic}")
+    consumer.subscribe([kafka.full_name(topic)])
+    found: list[Any] = []
+
+    def has_one() -> bool:
+        message = consumer.poll(0.2)
+        if message is not None and message.error() is None:
+            found.append(message)
+        return bool(found)
+
+    wait_until(has_one, 30, f"a message on {topic}")
+    consumer.close()
+    headers = dict(found[0].headers())
+    return found[0].key(), json.loads(found[0].value()), headers["ce_type"], headers["ce_id"]
+
+
+def test_a_kafka_that_is_down_is_a_failure_within_seconds() -> None:
+    """The thread must go on, and the alert be tried again."""
+    url = f"kafka://{HOST}:{free_port()}"
+    kafka = Kafka(url, partitions=1)
+    with closing(open_channels("", "", kafka)[KAFKA]) as told:
+        with pytest.raises(DeliveryFailed, match="refused"):
+            told.tell(delivery())
+
+
+def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
+    """They stand in the database and in metrics."""
+    alerts = "log:, webhook+https://hooks.example.com/T0/B0/secret apprise+mailtos://me:secret@example.com"
+    names = channel_names(alerts, SECRET, has_kafka=True)
+
+    assert [name.rpartition("-")[0] or name for name in names] == [
+        "log",
+        "webhook:hooks.example.com",
+        "apprise:example.com",
+        "kafka",
+    ]
+    assert names == channel_names(alerts, SECRET, has_kafka=True)
+    assert "secret" not in str(names)
+
+
+@pytest.mark.parametrize(
+    ("alerts", "secret", "words"),
+    [
+        ("https://hooks.example.com", "", "https: is no channel"),
+        ("slack", "", "slack: is no channel"),
+        ("apprise+nonsense://x", "", "does not understand"),
+        ("webhook+https://x.example", "not base64!", "PHOENIX_ALERTS_SECRET"),
+    ],
+)
+def test_a_channel_that_cannot_be_is_refused_at_the_start(alerts: str, secret: str, words: str) -> None:
+    """Not on the night when it is needed; what is said does not repeat the URL."""
+    with pytest.raises(Misconfigured, match=words):
+        open_channels(alerts, secret, None)
+
+
+def test_a_server_that_never_answers_is_given_up() -> None:
+    """It accepts the connection and says nothing: the worst kind of dead."""
+    with socket.create_server((HOST, 0)) as silent:
+        url = f"http://{HOST}:{silent.getsockname()[1]}/"
+        webhook = WebhookChannel(url, "", timeout_s=0.2)
+        with closing(webhook), pytest.raises(DeliveryFailed, match="ReadTimeout"):
+            webhook.tell(delivery())
