@@ -36,6 +36,8 @@ def test_the_commands_of_the_containers_work_together(
         for name, value in SERVICES[service]["environment"].items():
             for pattern, place in places.items():
                 value = place if re.fullmatch(pattern, value) else value  # noqa: PLW2901
+            # As docker-compose does it where .env says nothing.
+            value = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value)  # noqa: PLW2901
             settings[name.removeprefix("PHOENIX_").lower()] = value
         # Here each listens on a port of its own, and only for this machine.
         own: dict[str, Any] = {
