@@ -13,13 +13,19 @@ from aiosmtpd.controller import Controller
 from confluent_kafka import Consumer
 from receiver import Received, receiving
 from sample_events import AT_MS
-from servers import HOST, free_port, wait_until
+from servers import HOST, KafkaServer, free_port, wait_until
 from standardwebhooks import Webhook
 
 from phoenix_ml.application.ports import Channel, Delivery, DeliveryFailed
 from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.infrastructure.alerts.channels import KAFKA, WebhookChannel, channel_names, open_channels
+from phoenix_ml.infrastructure.alerts.channels import (
+    KAFKA,
+    KafkaChannel,
+    WebhookChannel,
+    channel_names,
+    open_channels,
+)
 from phoenix_ml.infrastructure.events.kafka import MODEL_ALERTS, RETRAIN_REQUESTS, Kafka
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -164,7 +170,7 @@ def test_kafka_has_alerts_and_requests_to_retrain_on_topics_of_their_own(kafka_u
         told.tell(alert)
         told.tell(request)
 
-    found = [read_one(kafka, topic) for topic in (MODEL_ALERTS, RETRAIN_REQUESTS)]
+    found = [*read(kafka, MODEL_ALERTS, 1), *read(kafka, RETRAIN_REQUESTS, 1)]
 
     assert found == [
         (b"risk", alert.payload, b"phoenix-ml.model-alerted", alert.id.encode()),
@@ -172,21 +178,25 @@ def test_kafka_has_alerts_and_requests_to_retrain_on_topics_of_their_own(kafka_u
     ]
 
 
-def read_one(kafka: Kafka, topic: str) -> tuple[Any, Any, Any, Any]:
+def read(kafka: Kafka, topic: str, count: int) -> list[tuple[Any, Any, Any, Any]]:
+    """The first messages: key, value, type and id."""
     consumer: Consumer = kafka.consumer(f"test-{topic}")
     consumer.subscribe([kafka.full_name(topic)])
     found: list[Any] = []
 
-    def has_one() -> bool:
+    def has_all() -> bool:
         message = consumer.poll(0.2)
         if message is not None and message.error() is None:
             found.append(message)
-        return bool(found)
+        return len(found) == count
 
-    wait_until(has_one, 30, f"a message on {topic}")
+    wait_until(has_all, 30, f"{count} messages on {topic}")
     consumer.close()
-    headers = dict(found[0].headers())
-    return found[0].key(), json.loads(found[0].value()), headers["ce_type"], headers["ce_id"]
+    read = []
+    for message in found:
+        headers = dict(message.headers())
+        read.append((message.key(), json.loads(message.value()), headers["ce_type"], headers["ce_id"]))
+    return read
 
 
 def test_a_kafka_that_is_down_is_a_failure_within_seconds() -> None:
@@ -198,6 +208,33 @@ def test_a_kafka_that_is_down_is_a_failure_within_seconds() -> None:
             told.tell(delivery())
 
 
+def test_an_alert_that_waited_for_kafka_arrives_once(kafka_server: KafkaServer, kafka_url: str) -> None:
+    """Attempts that failed must not arrive as well, each as a message of its own, when Kafka is back."""
+    kafka = Kafka(kafka_url, partitions=1)
+    kafka.create_topics()
+    waited, after = delivery(), delivery()
+    with closing(KafkaChannel(kafka, timeout_s=1.0)) as told:
+        kafka_server.kill()
+        for _ in range(3):
+            with pytest.raises(DeliveryFailed):
+                told.tell(waited)
+        kafka_server.start()
+        wait_until(lambda: is_told(told, waited), 60, "Kafka takes it")
+        wait_until(lambda: is_told(told, after), 60, "Kafka takes it")
+
+    first, second = read(kafka, MODEL_ALERTS, 2)
+
+    assert [first[3], second[3]] == [waited.id.encode(), after.id.encode()]
+
+
+def is_told(channel: Channel, delivery: Delivery) -> bool:
+    try:
+        channel.tell(delivery)
+    except DeliveryFailed:
+        return False
+    return True
+
+
 def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
     """They stand in the database and in metrics."""
     alerts = "log:, webhook+https://hooks.example.com/T0/B0/secret apprise+mailtos://me:secret@example.com"
@@ -206,7 +243,7 @@ def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
     assert [name.rpartition("-")[0] or name for name in names] == [
         "log",
         "webhook:hooks.example.com",
-        "apprise:example.com",
+        "apprise:mailtos",
         "kafka",
     ]
     assert names == channel_names(alerts, SECRET, has_kafka=True)
@@ -216,16 +253,46 @@ def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
 @pytest.mark.parametrize(
     ("alerts", "secret", "words"),
     [
-        ("https://hooks.example.com", "", "https: is no channel"),
-        ("slack", "", "slack: is no channel"),
-        ("apprise+nonsense://x", "", "does not understand"),
+        ("https://hooks.example.com/topsecret", "", "https: URL is no channel"),
+        ("topsecret", "", "without a scheme is no channel"),
+        ("webhook+http://[topsecret", "", "is no channel"),
+        ("webhook+https:topsecret", "", "is no channel"),
+        ("webhook+httpx://topsecret", "", "is no channel"),
+        ("apprise+slack://topsecret", "", "does not understand"),
+        ("apprise+nonsense://topsecret", "", "does not understand"),
         ("webhook+https://x.example", "not base64!", "PHOENIX_ALERTS_SECRET"),
     ],
 )
-def test_a_channel_that_cannot_be_is_refused_at_the_start(alerts: str, secret: str, words: str) -> None:
-    """Not on the night when it is needed; what is said does not repeat the URL."""
-    with pytest.raises(Misconfigured, match=words):
+def test_a_channel_that_cannot_be_is_refused_at_the_start(
+    alerts: str, secret: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not on the night when it is needed; neither what is said nor the log repeats the URL."""
+    with caplog.at_level(logging.DEBUG), pytest.raises(Misconfigured, match=words) as caught:
         open_channels(alerts, secret, None)
+
+    assert "topsecret" not in str(caught.value) + caplog.text
+
+
+def test_a_channel_that_is_named_twice_is_one() -> None:
+    """The monitor would write the same row twice, and its commit fail for ever."""
+    names = channel_names("log: log:", "", has_kafka=False)
+
+    assert names == ("log",)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "apprise+slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdn",
+        "apprise+tgram://123456789:abcdefg_hij/1",
+        "apprise+pover://me@tokentoken",
+    ],
+)
+def test_a_name_has_nothing_of_a_url_that_has_its_token_where_others_have_their_host(url: str) -> None:
+    """Names are public: they are labels of metrics."""
+    (name,) = channel_names(url, "", has_kafka=False)
+
+    assert name.rpartition("-")[0] == url.partition("://")[0].replace("+", ":")
 
 
 def test_a_server_that_never_answers_is_given_up() -> None:

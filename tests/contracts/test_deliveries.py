@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,10 +13,14 @@ from sqlalchemy import insert
 
 from phoenix_ml.application.deliver import Deliverer
 from phoenix_ml.application.ports import Delivery, DeliveryFailed
+from phoenix_ml.bootstrap import bootstrap
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.deliveries import SqlDeliveries
 from phoenix_ml.infrastructure.sql.schema import deliveries as table
+from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
+from phoenix_ml.processes.alert import AlertRole
+from phoenix_ml.settings import load_settings
 
 HOUR_MS = 3_600_000
 
@@ -35,12 +40,16 @@ def deliveries(database: Database) -> SqlDeliveries:
 def wait_for(database: Database, channel: str, count: int, kind: str = "alert") -> list[Delivery]:
     """Deliveries as the monitor's commit leaves them, a millisecond apart."""
     made = [Delivery(new_id(), channel, kind, {"title": f"{i}"}, AT_MS + i, 0) for i in range(count)]
+    keep_waiting(database, *made)
+    return made
+
+
+def keep_waiting(database: Database, *made: Delivery) -> None:
     with database.write() as connection:
         for one in made:
             row = msgspec.structs.asdict(one)
             row["created_at"] = row["not_before"] = row.pop("created_at_ms")
             connection.execute(insert(table).values(row))
-    return made
 
 
 def test_the_oldest_of_a_channel_come_first_and_only_once(
@@ -162,6 +171,23 @@ def test_after_the_time_given_it_is_given_up_and_the_next_is_told(
     after = deliverer.step()
 
     assert (given_up, after, deliveries.waiting()) == ((0, 0, 1), (0, 0, 0), {})
+
+
+def test_a_channel_that_breaks_ends_the_role_and_says_why(tmp_path: Path) -> None:
+    """The process must end and be started again, and not go on with one channel silent."""
+    with closing(bootstrap(load_settings(data=tmp_path))) as phoenix:
+        phoenix.database.upgrade()
+        unreadable = Delivery(new_id(), "log", "alert", {}, AT_MS, 0)
+        keep_waiting(phoenix.database, unreadable)
+        stopping = threading.Event()
+        with (
+            MetricsWriter(tmp_path / "alert.mmap") as metrics,
+            closing(AlertRole(phoenix, metrics)) as role,
+            pytest.raises(KeyError, match="title"),
+        ):
+            role.run(stopping)
+
+    assert stopping.is_set()
 
 
 def test_no_channel_hears_more_than_its_share_in_a_minute(

@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from phoenix_ml.application.deliver import Deliverer
 from phoenix_ml.application.ports import Channel
@@ -33,13 +33,18 @@ class AlertRole:
         self._channels = open_channels(settings.alerts, settings.alerts_secret, phoenix.kafka)
 
     def run(self, stopping: threading.Event) -> None:
-        """Returns soon after ``stopping`` is set; what is not told by then waits in the database."""
+        """Returns soon after ``stopping`` is set; what is not told by then waits in the database.
+
+        Raises what a channel raises that is no failed delivery, after ``stopping`` is set for the others.
+        """
         with ThreadPoolExecutor(len(self._channels) + 1, "alert") as threads:
             running = [
                 threads.submit(self._tell, name, channel, stopping)
                 for name, channel in self._channels.items()
             ]
             running.append(threads.submit(self._count, stopping))
+            wait(running, return_when=FIRST_EXCEPTION)
+            stopping.set()
         for future in running:
             future.result()
 

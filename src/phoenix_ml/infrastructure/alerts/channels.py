@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import logging
@@ -30,7 +31,8 @@ def channel_names(urls: str, secret: str, *, has_kafka: bool) -> tuple[str, ...]
     Raises Misconfigured for a URL that is no channel, and for a secret that is none.
     """
     _signing_key(secret)
-    names = [_name(url) for url in _split(urls)]
+    # A channel twice would be one row twice in the monitor's commit.
+    names = list(dict.fromkeys(_name(url) for url in _split(urls)))
     return (*names, KAFKA) if has_kafka else tuple(names)
 
 
@@ -50,19 +52,27 @@ def _split(urls: str) -> list[str]:
 
 
 def _name(url: str) -> str:
-    """The same for the same URL, and without what a URL may keep secret: its user, path and query."""
-    parts = urlsplit(url)
-    scheme = parts.scheme
+    """The same for the same URL, and without what a URL may keep secret: its user, path and query, and with
+    Apprise its host as well, where many services have their token.
+    """
     if url == "log:":
         return "log"
-    if not (scheme.startswith(("webhook+http", "apprise+")) and parts.netloc):
+    scheme, colon, _ = url.partition(":")
+    kind, _, target = scheme.partition("+")
+    try:
+        parts = urlsplit(url)
+        host = target if kind == "apprise" else parts.hostname
+    except ValueError:  # such as a bracket that is not closed
+        host = None
+    if not (host and parts.netloc) or scheme not in ("webhook+http", "webhook+https", f"apprise+{target}"):
         raise Misconfigured(
-            f"PHOENIX_ALERTS: {scheme or url}: is no channel: give log:, webhook+https://…, webhook+http://… or "
-            "apprise+ before a URL of Apprise, such as apprise+mailtos://…",
+            f"PHOENIX_ALERTS: {f'the {scheme}: URL' if colon else 'an entry without a scheme'} is no channel: give "
+            "log:, webhook+https://…, webhook+http://… or apprise+ before a URL of Apprise, such as "
+            "apprise+mailtos://…; a space or a comma in a URL is written %20 or %2C",
             setting="PHOENIX_ALERTS",
         )
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    return f"{scheme.partition('+')[0]}:{parts.hostname or scheme}-{digest}"[:128]
+    return f"{kind}:{host[:100]}-{digest}"
 
 
 def _open(url: str, secret: str) -> Channel:
@@ -159,7 +169,12 @@ class AppriseChannel:
                 "PHOENIX_ALERTS: apprise+ needs its library: pip install 'phoenix-ml[alerts]'"
             ) from exc
         self._apprise = apprise.Apprise()
-        if not self._apprise.add(url):
+        # It logs a URL that it does not understand, with all that the URL keeps secret.
+        apprise_log = logging.getLogger("apprise")
+        apprise_log.disabled = True
+        is_understood = self._apprise.add(url)
+        apprise_log.disabled = False
+        if not is_understood:
             raise Misconfigured(
                 f"PHOENIX_ALERTS: Apprise does not understand the {urlsplit(url).scheme}:// URL",
                 setting="PHOENIX_ALERTS",
@@ -178,10 +193,12 @@ class AppriseChannel:
 class KafkaChannel:
     """Topic ``model-alerts`` for alerts, ``retrain-requests`` for requests to retrain; the key is the model."""
 
-    def __init__(self, kafka: "Kafka") -> None:
+    def __init__(self, kafka: "Kafka", timeout_s: float = _TIMEOUT_S) -> None:
         from phoenix_ml.infrastructure.events.kafka import KafkaOutbox
 
-        self._outbox = KafkaOutbox(kafka)
+        self._timeout_s = timeout_s
+        self._new_outbox = functools.partial(KafkaOutbox, kafka)
+        self._outbox = self._new_outbox()
 
     def tell(self, delivery: Delivery) -> None:
         from phoenix_ml.infrastructure.events import cloudevents
@@ -197,7 +214,7 @@ class KafkaChannel:
         message = cloudevents.Message(
             delivery.payload["model_id"].encode(), msgspec.json.encode(delivery.payload), headers
         )
-        give_up_at = time.monotonic() + _TIMEOUT_S
+        give_up_at = time.monotonic() + self._timeout_s
 
         def keep_waiting() -> None:
             if time.monotonic() > give_up_at:
@@ -207,6 +224,11 @@ class KafkaChannel:
             refused = self._outbox.send(topic, [message], keep_waiting)
         except EventsUnavailable as exc:
             raise DeliveryFailed(exc.message) from exc
+        except DeliveryFailed:
+            # Else the message would arrive once for each attempt when Kafka is back.
+            self._outbox.close()
+            self._outbox = self._new_outbox()
+            raise
         if refused:
             raise DeliveryFailed(refused[0][1])
 

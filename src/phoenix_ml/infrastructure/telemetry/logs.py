@@ -26,7 +26,8 @@ def configure_logs(level: str, form: str, process: str) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {process}: %(message)s"))
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("uvicorn.error", "uvicorn.access", "httpx", "alembic"):
+    # Below a warning, httpx, Apprise and its urllib3 also tell the whole URL, the secret of a webhook with it.
+    for noisy in ("uvicorn.error", "uvicorn.access", "httpx", "apprise", "urllib3", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
