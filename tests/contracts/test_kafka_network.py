@@ -1,6 +1,7 @@
 """What a network that fails does to those who wait for Kafka."""
 
 import contextlib
+import threading
 from contextlib import closing
 
 import msgspec
@@ -50,3 +51,27 @@ def test_a_worker_that_lost_kafka_before_the_topic_was_there_reads_it_soon_after
 
             wait_until(has_received, 30, "the worker reads what was shipped")
             assert len(received) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_stops_while_kafka_hangs_does_not_wait_for_it(kafka_server: KafkaServer) -> None:
+    """The supervisor would kill it, and the metrics and rows of the roles beside it with it."""
+    kafka_server.start()
+    with FaultProxy(HOST, kafka_server.proxied_port, port=kafka_server.proxy_port) as network:
+        kafka = Kafka(f"{kafka_server.proxied_url}/stops", partitions=1)
+        kafka.create_topics()
+        events = KafkaEvents(kafka)
+        with closing(KafkaOutbox(kafka)) as outbox:
+            outbox.send(INFERENCE_EVENTS, [encode_record(msgspec.msgpack.encode(prediction()), SCHEMA)])
+        wait_until(lambda: bool(events.read(10)), 30, "the worker is a member and has read")
+        events.commit()
+        network.hang()
+        closed = threading.Event()
+
+        def close() -> None:
+            events.close()
+            closed.set()
+
+        threading.Thread(target=close, daemon=True).start()
+
+        assert closed.wait(30)

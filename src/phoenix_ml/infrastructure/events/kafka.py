@@ -41,8 +41,9 @@ RETRAIN_REQUESTS: Final = "retrain-requests"
 _LOG_GROUP: Final = "phoenix-log"
 _REQUEUE_GROUP: Final = "phoenix-dead-requeue"
 _PATIENCE_S: Final = 5.0
-# A stop waits for it.
+# A stop waits for these.
 _TOPIC_PATIENCE_S: Final = 2.0
+_LEAVE_PATIENCE_S: Final = 5.0
 # Twice of what Kafka takes by default: a letter is larger than its message, and must not be refused as well.
 _LETTER_BYTES: Final = 2 * 1024 * 1024
 _REASON_CHARACTERS: Final = 1000
@@ -382,7 +383,19 @@ class KafkaEvents:
         return lag + (len(self._taken) if self._rewound else 0)
 
     def close(self) -> None:
-        """Leaves the group, so that the other members take over at once."""
+        """Leaves the group, so that the other members take over at once. Where Kafka does not answer they do when
+        it misses this one, and read again what is not told.
+        """
+        # In a thread: librdkafka itself waits for a Kafka that hangs, in commit and in close, until it is back.
+        leaving = threading.Thread(target=self._leave, name="kafka-leave", daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_PATIENCE_S)
+        if leaving.is_alive():
+            log.warning(
+                "%s does not answer: it will notice by itself that this worker is gone", self._kafka.name
+            )
+
+    def _leave(self) -> None:
         if self._done:
             with contextlib.suppress(KafkaException):
                 self._consumer.commit(offsets=self._offsets(self._done), asynchronous=False)
