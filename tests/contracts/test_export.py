@@ -99,6 +99,16 @@ def test_a_row_has_the_values_as_the_model_got_them(log: SqlPredictionLog, tmp_p
     }
 
 
+def test_an_outcome_that_is_true_or_false_is_the_label_1_or_0(log: SqlPredictionLog, tmp_path: Path) -> None:
+    """The monitor counts it so; without it there would be nothing to train on."""
+    defaulted, paid = prediction(created_at_ms=AT_MS + 1), prediction()
+    write(log, defaulted, paid, outcome(defaulted.id, True), outcome(paid.id, False))
+
+    rows = export(log, tmp_path / "x.parquet", with_outcomes=True)
+
+    assert [row["_outcome"] for row in rows] == [1, 0]
+
+
 def test_answers_of_shadows_and_of_other_times_and_models_are_left_out(
     log: SqlPredictionLog, tmp_path: Path
 ) -> None:

@@ -78,6 +78,8 @@ def _answer(value: Any, wanted: FeatureType) -> Any:
         return None
     if wanted is FeatureType.STRING:
         return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):  # true is the label 1, as the monitor counts it, and no measurement
+        return int(value) if wanted is FeatureType.INTEGER else None
+    if not isinstance(value, int | float):
         return None
     return float(value) if wanted is FeatureType.FLOAT else int(value)

@@ -153,6 +153,8 @@ def with_estimator(
         errors = np.abs(
             np.asarray(outputs.results, dtype=np.float64).reshape(-1) - np.asarray(outcomes, dtype=np.float64)
         )
+        if not np.isfinite(errors).all():  # JSON has no NaN: a version that holds one is never read again
+            return baseline
         baseline = msgspec.structs.replace(baseline, loss_model=_fit_losses(baseline, columns, errors))
         spread = errors
     else:
