@@ -20,6 +20,7 @@ from phoenix_ml.application.ports import (
     Monitoring,
     PredictionLog,
     Registry,
+    RetrainJobs,
 )
 from phoenix_ml.application.predict import Predict
 from phoenix_ml.application.serving import LiveModels
@@ -43,6 +44,7 @@ class Phoenix:
     prediction_log: PredictionLog
     monitoring: Monitoring
     deliveries: Deliveries
+    retrain_jobs: RetrainJobs
     artifacts: ArtifactStore
     engines: Engines
     kafka: Kafka | None
@@ -60,6 +62,7 @@ def bootstrap(settings: Settings) -> Phoenix:
     from phoenix_ml.infrastructure.alerts.channels import KAFKA, channel_names
     from phoenix_ml.infrastructure.sql.database import Database
     from phoenix_ml.infrastructure.sql.deliveries import SqlDeliveries
+    from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
     from phoenix_ml.infrastructure.sql.monitoring import SqlMonitoring
     from phoenix_ml.infrastructure.sql.predictions import SqlPredictionLog
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
@@ -80,6 +83,7 @@ def bootstrap(settings: Settings) -> Phoenix:
         SqlPredictionLog(database),
         SqlMonitoring(database, channels, () if kafka is None else (KAFKA,)),
         SqlDeliveries(database),
+        SqlRetrainJobs(database),
         open_artifacts(settings),
         open_engines(settings),
         kafka,

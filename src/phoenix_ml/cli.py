@@ -136,7 +136,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
-    type=click.Choice(["all", "ship", "log", "monitor", "alert", "none"]),
+    type=click.Choice(["all", "ship", "log", "monitor", "alert", "heal", "none"]),
     help="What the background process does.",
 )
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
@@ -158,13 +158,15 @@ def serve(**flags: Any) -> None:
 
 
 @main.command()
-@click.argument("roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor", "alert"]))
+@click.argument(
+    "roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor", "alert", "heal"])
+)
 @click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
 def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
     """Run background roles by themselves: ship sends the journals' events to Kafka, log writes them down,
-    monitor watches the models, and alert tells people.
+    monitor watches the models, alert tells people, and heal trains again what suffers.
     """
     from phoenix_ml.infrastructure.telemetry.exporter import export_metrics
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs
@@ -1298,12 +1300,114 @@ def incidents_ack(incident_id: str, data: Path | None, as_json: bool) -> None:
     click.echo(f"{incident.id} acknowledged by {incident.acknowledged_by}: {incident.summary}")
 
 
+@main.group()
+def heal() -> None:
+    """Models that suffer are trained again, checked, and put beside their champion."""
+
+
+@heal.command("status")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@data_option
+@json_option
+@example("phoenix-ml heal status")
+def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bool) -> None:
+    """Retrain jobs, the latest requested first."""
+    from phoenix_ml.application.ports import JobQuery
+    from phoenix_ml.application.reports import describe_job
+
+    with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
+        items = [describe_job(job) for job in phoenix.retrain_jobs.page(JobQuery(model_id, limit))]
+        trainer = phoenix.settings.trainer
+    if as_json:
+        show_json({"items": items, "has_trainer": bool(trainer)})
+        return
+    if not trainer:
+        click.echo("no trainer is set (PHOENIX_TRAINER): requests wait")
+    if not items:
+        click.echo("no retrain jobs")
+        return
+    table = Table("requested", "model", "version", "status", "new version", "reason", "error", "id", box=None)
+    for item in items:
+        told = (
+            "requested_at",
+            "model_id",
+            "model_version",
+            "status",
+            "new_version",
+            "reason",
+            "error",
+            "job_id",
+        )
+        table.add_row(*(escape(str(item[name] or "")) for name in told))
+    print_wide(table)
+
+
+@heal.command("run")
+@click.argument("model_id")
+@data_option
+@json_option
+@example("phoenix-ml heal run credit-risk")
+def heal_run(model_id: str, data: Path | None, as_json: bool) -> None:
+    """Ask for a retraining of the champion now, whatever the monitor thinks."""
+    from phoenix_ml.application.reports import describe_job
+    from phoenix_ml.domain.healing import JobStatus, RetrainJob
+    from phoenix_ml.domain.ids import new_id
+
+    with opened(data) as phoenix:
+        champion = watched_version(phoenix, model_id, None)
+        now_ms = time.time_ns() // 1_000_000
+        job = RetrainJob(
+            new_id().replace("-", ""),
+            model_id,
+            champion.version,
+            f"asked for by {actor()}",
+            {},
+            JobStatus.REQUESTED,
+            now_ms,
+            now_ms,
+        )
+        phoenix.retrain_jobs.add(job)
+    if as_json:
+        show_json(describe_job(job))
+        return
+    click.echo(f"{job.id} is asked for: {model_id} {champion.version}; heal status tells how it goes")
+
+
+def set_paused(model_id: str, paused: bool, data: Path | None) -> None:
+    with opened(data) as phoenix:
+        phoenix.monitoring.change_settings(model_id, {"healing_paused": paused or None}, actor())
+
+
+@heal.command("pause")
+@click.argument("model_id")
+@data_option
+@example("phoenix-ml heal pause credit-risk")
+def heal_pause(model_id: str, data: Path | None) -> None:
+    """Ask for no retraining of a model; `*` stands for all models."""
+    set_paused(model_id, True, data)
+    click.echo(f"no retraining of {model_id} is asked for until heal resume")
+
+
+@heal.command("resume")
+@click.argument("model_id")
+@data_option
+@example("phoenix-ml heal resume credit-risk")
+def heal_resume(model_id: str, data: Path | None) -> None:
+    """Ask for retrainings again."""
+    set_paused(model_id, False, data)
+    click.echo(f"retrainings of {model_id} are asked for again")
+
+
 # demo
 
 
 @main.command()
 @click.option("--port", type=int, default=8000, show_default=True)
 @click.option("--exit", "exit_after", is_flag=True, help="End after the report instead of serving on.")
+@click.option("--healing", is_flag=True, help="Another story: applicants change, and the model is healed.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -1312,8 +1416,12 @@ def incidents_ack(incident_id: str, data: Path | None, as_json: bool) -> None:
     help="Made anew.",
 )
 @example("phoenix-ml demo --exit")
-def demo(port: int, exit_after: bool, data: Path) -> None:
+def demo(port: int, exit_after: bool, healing: bool, data: Path) -> None:
     """See it work: train two credit-risk models, serve them as an A/B test, replay real applicants."""
+    if healing:
+        from phoenix_ml.demo.healing import run_healing_demo
+
+        sys.exit(run_healing_demo(data, port, exit_after))
     from phoenix_ml.demo.show import run_demo
 
     sys.exit(run_demo(data, port, exit_after))

@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
-    roles: Literal["all", "ship", "log", "monitor", "alert", "none"] = Field(
+    roles: Literal["all", "ship", "log", "monitor", "alert", "heal", "none"] = Field(
         "all",
-        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `alert` people, `all`, or `none` to start none.",
+        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `alert` people, `heal` models, `all`, or `none` to start none.",
     )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
 
@@ -131,6 +131,18 @@ class Settings(BaseSettings):
         30, ge=1, description="Most messages to one channel in a minute; the others wait."
     )
 
+    trainer: str = Field(
+        "",
+        description="What trains a model again: `process:COMMAND` with `{export}`, `{out}`, `{model}` and `{version}`; empty: requests wait.",
+    )
+    trainer_limit_s: float = Field(3600.0, gt=0, description="Longest time that a training may take.")
+    trainer_memory_mib: int = Field(
+        0, ge=0, description="Most memory that a process of the trainer may take; 0 sets no limit."
+    )
+    trainer_days: float = Field(
+        90.0, gt=0, description="How far back the predictions go that a trainer gets."
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or plain text.")
 
@@ -162,7 +174,7 @@ class Settings(BaseSettings):
         """The roles of the background process; none means that there is no such process."""
         if self.roles == "all":
             ship = () if self.events.startswith("local:") else ("ship",)
-            return (*ship, "log", "monitor", "alert")
+            return (*ship, "log", "monitor", "alert", "heal")
         return () if self.roles == "none" else (self.roles,)
 
     @property

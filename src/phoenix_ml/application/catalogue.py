@@ -240,7 +240,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
         chosen = [i * rows // SCORED_ROWS for i in range(SCORED_ROWS)]
         scored = {name: [column[i] for i in chosen] for name, column in columns.items()}
         outcomes = None if outcomes is None else [outcomes[i] for i in chosen]
-    outputs = _score(engine, metadata, scored)
+    outputs = score(engine, metadata, scored)
     if outcomes is not None and isinstance(outputs.results[0], list):
         raise InvalidField("a model with several answers a row has no outcome column", field="outcome")
     baseline = describe_reference(
@@ -260,7 +260,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
     return msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
 
 
-def _score(engine: Engine, metadata: Metadata, columns: Mapping[str, Sequence[Any]]) -> Outputs:
+def score(engine: Engine, metadata: Metadata, columns: Mapping[str, Sequence[Any]]) -> Outputs:
     """What the model answers for each row. Raises ModelRefused, naming the row, where it cannot."""
     contract = FeatureContract(metadata.columns, metadata.contract)
     row_format = RowFormat(metadata.columns)

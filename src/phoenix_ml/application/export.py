@@ -20,7 +20,7 @@ OWN_COLUMNS = {
     "_created_at": FeatureType.STRING,
     "_confidence": FeatureType.FLOAT,
 }
-RESULT_COLUMN, OUTCOME_COLUMN = "_result", "_outcome"
+RESULT_COLUMN, OUTCOME_COLUMN, TIME_COLUMN = "_result", "_outcome", "_created_at"
 
 
 def export_columns(metadata: Metadata) -> dict[str, FeatureType]:

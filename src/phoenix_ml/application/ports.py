@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from phoenix_ml.domain.events import Event, PredictionMade
 from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
-from phoenix_ml.domain.healing import RetrainJob
+from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.incidents import Alert, Incident
 from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
 from phoenix_ml.domain.monitoring import MonitorSettings
@@ -616,3 +616,52 @@ class Channel(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class JobQuery(Struct, frozen=True):
+    """Which retrain jobs to list."""
+
+    model_id: str | None = None
+    limit: int = 50
+
+
+class RetrainJobs(Protocol):
+    """Retrain jobs, from a request that the monitor or a person made to its end. Raises DatabaseUnavailable.
+
+    A job belongs to the healer that has leased it, and to nobody else, until the lease is over.
+    """
+
+    def add(self, job: RetrainJob) -> bool:
+        """False, and nothing is stored, for an id that is known."""
+        ...
+
+    def get(self, job_id: str) -> RetrainJob:
+        """Raises JobUnknown."""
+        ...
+
+    def page(self, query: JobQuery) -> list[RetrainJob]:
+        """The latest requested first."""
+        ...
+
+    def lease(self, owner: str, now_ms: int, until_ms: int) -> RetrainJob | None:
+        """The oldest job that waits, or that a healer which is gone had in hand; None where there is none."""
+        ...
+
+    def renew(self, job: RetrainJob, until_ms: int) -> bool:
+        """False when the job is somebody else's by now: then it must be left alone."""
+        ...
+
+    def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
+        """The job after the step, with these facts; None when it is somebody else's by now.
+
+        Raises StageConflict for a step that a job cannot take.
+        """
+        ...
+
+    def count_by_status(self) -> dict[str, int]:
+        """How many jobs are in each status."""
+        ...
+
+
+class TrainingFailed(Exception):
+    """A trainer did not come to a good end; another attempt may."""

@@ -8,6 +8,7 @@ import msgspec
 from phoenix_ml.application.ports import LoggedPrediction, MonitorReport, PredictionLog, UnmatchedOutcome
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.events import Event, OutcomeReported
+from phoenix_ml.domain.healing import RetrainJob
 from phoenix_ml.domain.incidents import Alert, Incident
 from phoenix_ml.domain.models import ModelVersion
 
@@ -167,4 +168,22 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
         "text": alert.text,
         "incidents": alert.incidents,
         "created_at": iso_time(alert.at_ms),
+    }
+
+
+def describe_job(job: RetrainJob) -> dict[str, Any]:
+    return {
+        "job_id": job.id,
+        "model_id": job.model_id,
+        "model_version": job.model_version,
+        "status": job.status,
+        "reason": job.reason,
+        "evidence": job.evidence,
+        "requested_at": iso_time(job.requested_at_ms),
+        "updated_at": iso_time(job.updated_at_ms),
+        "attempts": job.attempts,
+        "new_version": job.new_version,
+        "error": job.error,
+        "result": job.result,
+        "log_tail": job.log_tail,
     }

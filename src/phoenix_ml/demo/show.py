@@ -53,9 +53,9 @@ class Replayed:
 
 def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = None) -> int:
     """The exit code; ends after the report with ``exit_after``, else with Ctrl-C."""
-    _end_in_order()
+    end_in_order()
     console = console or Console()
-    _renew(data)
+    renew(data)
     console.rule("[bold]Phoenix ML[/] — credit applications, two models, one A/B test")
     with console.status("training two models on 3,118 applications …"):
         training = train(data / "training", lambda step: console.print(f"  [dim]{step}[/]"))
@@ -69,7 +69,7 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
         "registered [bold]1.0.0[/] (champion) and [bold]1.1.0[/] (challenger), half of the traffic each"
     )
     console.print(f"loaded the features of [bold]{loaded:,}[/] applicants, cust_0001 …")
-    with _server(phoenix, _free_port(port), console) as url:
+    with running_server(phoenix, free_port(port), console) as url:
         replayed = asyncio.run(_replay(url, training.data, console))
         asyncio.run(_send_outcomes(url, training.data, replayed))
         rows = _await_log(phoenix, len(replayed.predictions))
@@ -77,12 +77,12 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
         _point_on(console, url, data, rows[0])
         if not exit_after:
             console.print("\nStill serving. [bold]Ctrl-C[/] stops it.")
-            _wait_for_interrupt()
+            wait_for_interrupt()
     phoenix.database.close()
     return 0
 
 
-def _end_in_order() -> None:
+def end_in_order() -> None:
     """Has the signals that would end the demo at once unwind it instead, so that its server ends too."""
 
     def end(received: int, _: FrameType | None) -> None:
@@ -95,7 +95,7 @@ def _end_in_order() -> None:
             signal.signal(number, end)
 
 
-def _renew(data: Path) -> None:
+def renew(data: Path) -> None:
     """An empty folder. Only one that an earlier demo made, and that nobody serves now, is removed."""
     if data.exists() and any(data.iterdir()):
         if not (data / _MARKER).exists():
@@ -138,7 +138,7 @@ async def _load_features(phoenix: Phoenix, training: Training) -> int:
         await store.close()
 
 
-def _free_port(wanted: int) -> int:
+def free_port(wanted: int) -> int:
     """The wanted port, or any free one where another program has it."""
     for port in (wanted, 0):
         with socket.socket() as probe:
@@ -152,7 +152,7 @@ def _free_port(wanted: int) -> int:
 
 
 @contextmanager
-def _server(phoenix: Phoenix, port: int, console: Console) -> Iterator[str]:
+def running_server(phoenix: Phoenix, port: int, console: Console) -> Iterator[str]:
     """The base URL of a real server, ``phoenix-ml serve``; it is stopped at the end of the block."""
     url = f"http://127.0.0.1:{port}"
     data = phoenix.settings.data
@@ -282,7 +282,7 @@ def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[L
 
 def _point_on(console: Console, url: str, data: Path, row: LoggedPrediction) -> None:
     console.print("\n[bold]Where to look next[/]")
-    phoenix_ml = _typed_command()
+    phoenix_ml = typed_command()
     for command in (
         f"open {url}/docs",
         f"curl {url}/metrics",
@@ -294,14 +294,14 @@ def _point_on(console: Console, url: str, data: Path, row: LoggedPrediction) -> 
         console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
-def _typed_command() -> str:
+def typed_command() -> str:
     """How a person types our command here: `make demo` does not put its virtual environment on the PATH."""
     if shutil.which("phoenix-ml"):
         return "phoenix-ml"
     return os.path.relpath(Path(sys.executable).with_name("phoenix-ml"))
 
 
-def _wait_for_interrupt() -> None:
+def wait_for_interrupt() -> None:
     try:
         while True:
             time.sleep(3600)

@@ -150,7 +150,7 @@ def train(folder: Path, on_progress: Callable[[str], None] = _ignore) -> Trainin
     versions = []
     for version, title, estimator in (
         ("1.0.0", "logistic regression", _build_logistic_regression()),
-        ("1.1.0", "gradient boosting", _build_gradient_boosting()),
+        ("1.1.0", "gradient boosting", build_gradient_boosting()),
     ):
         on_progress(f"training {MODEL_NAME} {version}, {title}")
         versions.append(_train_version(folder, data, version, title, estimator))
@@ -178,7 +178,7 @@ def _build_logistic_regression() -> Any:
     return make_pipeline(_prepare_columns(numbers), cast, LogisticRegression(max_iter=1000))
 
 
-def _build_gradient_boosting() -> Any:
+def build_gradient_boosting() -> Any:
     # HistGradientBoostingClassifier takes NaN as it is, but skl2onnx 1.20 cannot export it with onnx 1.23.
     from sklearn.ensemble import GradientBoostingClassifier
     from sklearn.impute import SimpleImputer
@@ -221,7 +221,7 @@ def _train_version(
     estimator.fit(table[train_rows], outcomes[train_rows])
     held_out, truth = table[held_out_rows], outcomes[held_out_rows]
     onnx_path = folder / f"{MODEL_NAME}-{version}.onnx"
-    onnx_path.write_bytes(_export(estimator, version))
+    onnx_path.write_bytes(export_onnx(estimator, version))
     return TrainedVersion(
         version,
         title,
@@ -232,7 +232,7 @@ def _train_version(
     )
 
 
-def _export(estimator: Any, version: str) -> bytes:
+def export_onnx(estimator: Any, version: str) -> bytes:
     from onnx.helper import set_model_props
     from skl2onnx import convert_sklearn
     from skl2onnx.common.data_types import FloatTensorType, StringTensorType

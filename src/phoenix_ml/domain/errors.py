@@ -20,6 +20,7 @@ PhoenixError
 │   ├── EntityUnknown             entity_unknown           no features are stored for the entity
 │   ├── PredictionUnknown         prediction_unknown
 │   ├── IncidentUnknown           incident_unknown
+│   ├── JobUnknown                job_unknown
 │   └── PathUnknown               path_unknown
 ├── Conflict
 │   ├── VersionConflict           version_conflict         the version exists with other bytes
@@ -129,6 +130,10 @@ class PredictionUnknown(NotFound):
 
 class IncidentUnknown(NotFound):
     code = "incident_unknown"
+
+
+class JobUnknown(NotFound):
+    code = "job_unknown"
 
 
 class PathUnknown(NotFound):

@@ -142,6 +142,10 @@ def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> Backgroun
         from phoenix_ml.processes.alert import AlertRole
 
         return AlertRole(phoenix, metrics)
+    if role == "heal":
+        from phoenix_ml.processes.heal import HealRole
+
+        return HealRole(phoenix, metrics)
     if role == "log":
         return (
             log_from_journals(phoenix, metrics) if kafka is None else log_from_kafka(phoenix, kafka, metrics)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, create_engine, event, inspect, text, update
+from sqlalchemy import Connection, Row, create_engine, event, inspect, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -272,3 +272,9 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
+
+
+def fields_of(row: Row[Any]) -> dict[str, Any]:
+    """The row's values by the names of its columns."""
+    # SQLAlchemy names columns by a subclass of str, which msgspec does not take.
+    return {str(name): value for name, value in zip(row._fields, row, strict=True)}

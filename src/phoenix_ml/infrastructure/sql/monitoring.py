@@ -36,7 +36,7 @@ from phoenix_ml.domain.errors import IncidentResolved, IncidentUnknown, InvalidF
 from phoenix_ml.domain.healing import RetrainJob
 from phoenix_ml.domain.incidents import Alert, Incident, IncidentStatus
 from phoenix_ml.domain.monitoring import ALL_MODELS, MonitorSettings, read_settings
-from phoenix_ml.infrastructure.sql.database import Database, lift_time_limit, refusing_values
+from phoenix_ml.infrastructure.sql.database import Database, fields_of, lift_time_limit, refusing_values
 from phoenix_ml.infrastructure.sql.predictions import parse_cursor
 from phoenix_ml.infrastructure.sql.schema import (
     PREDICTION_SEQ,
@@ -413,7 +413,7 @@ class SqlMonitoring:
             position = tuple_(*parse_cursor(cursor), types=[table.created_at.type, table.id.type])
             statement = statement.where(tuple_(table.created_at, table.id) < position)
         with self._database.read() as connection:
-            rows = [_fields(row) for row in connection.execute(statement.limit(limit + 1))]
+            rows = [fields_of(row) for row in connection.execute(statement.limit(limit + 1))]
         found = [msgspec.convert(row | {"at_ms": row["created_at"]}, Alert) for row in rows]
         page = found[:limit]
         return page, f"{page[-1].at_ms}.{page[-1].id}" if len(found) > limit else None
@@ -491,16 +491,11 @@ def _incident_row(incident: Incident) -> dict[str, Any]:
 
 
 def _incident(row: Row[Any]) -> Incident:
-    fields = _fields(row)
+    fields = fields_of(row)
     del fields["open_cause"]
     for name in ("opened_at", "updated_at", "acknowledged_at", "resolved_at"):
         fields[f"{name}_ms"] = fields.pop(name)
     return msgspec.convert(fields, Incident)
-
-
-def _fields(row: Row[Any]) -> dict[str, Any]:
-    # SQLAlchemy names columns by a subclass of str, which msgspec does not take.
-    return {str(name): value for name, value in zip(row._fields, row, strict=True)}
 
 
 def _documents(connection: Connection, model_id: str) -> dict[str, Any]:

@@ -159,6 +159,13 @@ ALERTS_WAITING = Gauge(
 ALERT_HEARTBEAT = Gauge(
     "phoenix_alert_heartbeat_timestamp_seconds", "When the alert role last completed a step.", (), "max"
 )
+RETRAIN_JOBS = Gauge("phoenix_retrain_jobs", "Retrain jobs by where they are.", ("status",), "max")
+HEAL_HEARTBEAT = Gauge(
+    "phoenix_heal_heartbeat_timestamp_seconds",
+    "When the heal role last completed a step or looked after a training.",
+    (),
+    "max",
+)
 PROCESS_RESTARTS = Counter(
     "phoenix_process_restarts_total", "Processes that the supervisor had to start again.", ("slot",)
 )

@@ -1,0 +1,406 @@
+"""Healing: a retrain job goes from a request to a challenger, or to the reason why there is none.
+
+One ``Healer`` takes one job at a time. Each step is stored before the next begins, so that a healer which is killed leaves
+a job that another one finishes; what a job registers is found again by its digest, so that nothing is registered twice.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from phoenix_ml.application.catalogue import Reference, Registration, activate, register, score, set_routing
+from phoenix_ml.application.export import (
+    OUTCOME_COLUMN,
+    TIME_COLUMN,
+    export_columns,
+    export_rows,
+)
+from phoenix_ml.application.ports import (
+    ArtifactStore,
+    Engines,
+    ModelHints,
+    Monitoring,
+    PredictionLog,
+    PredictionQuery,
+    Registry,
+    RetrainJobs,
+    TrainingFailed,
+)
+from phoenix_ml.application.statistics.quality import losses
+from phoenix_ml.domain.errors import DatabaseUnavailable, PhoenixError
+from phoenix_ml.domain.features import FeatureContract, FeatureRule
+from phoenix_ml.domain.healing import JobStatus, RetrainJob
+from phoenix_ml.domain.models import ModelVersion, Stage, Task, version_precedence
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
+
+log = logging.getLogger(__name__)
+MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
+    "model.onnx",
+    "features.json",
+    "export.parquet",
+    "trainer.log",
+)
+# Of the predictions with outcomes one in five is kept from the trainer: the versions are compared over these.
+_HELD_OUT_OF = 5
+FEWEST_HELD_OUT = 50
+_MOST_COMPARED = 5000
+_LEASE_MS = 60_000
+_FIRST_PAUSE_MS = 60_000
+_ACTOR = "healer"
+_LOG_TAIL_BYTES = 8192
+
+
+class Trainer(Protocol):
+    """Makes a model of an export."""
+
+    def train(self, fields: Mapping[str, str], log_path: Path, keep_going: Callable[[], bool]) -> None:
+        """Leaves ``model.onnx`` in the folder ``out``. Raises TrainingFailed."""
+        ...
+
+
+class HealerSettings(Struct, frozen=True):
+    """``folder`` holds what jobs leave; ``days`` is how far an export goes back."""
+
+    folder: Path
+    days: float = 90.0
+    most_attempts: int = 3
+
+
+class Comparison(Struct, frozen=True):
+    """Both versions over the same outcomes that the trainer has not seen. ``loss`` is the share of wrong answers, or
+    the mean absolute error; ``difference`` is the new one's less the champion's, with its standard error.
+    """
+
+    n: int
+    loss: float
+    champion_loss: float
+    difference: float
+    standard_error: float
+
+    @property
+    def is_worse(self) -> bool:
+        return self.difference > self.standard_error
+
+
+class Rejected(Exception):
+    """The trainer's model is no candidate; another attempt would make the same."""
+
+
+def is_held_out(prediction_id: str) -> bool:
+    """One prediction in five, always the same ones.
+
+    >>> sum(is_held_out(str(i)) for i in range(1000))
+    205
+    """
+    return hashlib.blake2b(prediction_id.encode(), digest_size=2).digest()[0] % _HELD_OUT_OF == 0
+
+
+def next_version(versions: Sequence[str]) -> str:
+    """The next minor version after the highest.
+
+    >>> next_version(["1.0.0", "1.10.3", "1.9.0"])
+    '1.11.0'
+    """
+    highest = max(versions, key=version_precedence)
+    major, minor, _ = highest.partition("-")[0].partition("+")[0].split(".")
+    return f"{major}.{int(minor) + 1}.0"
+
+
+def compare(
+    task: Task | None, ours: Sequence[Any], champions: Sequence[Any], outcomes: Sequence[Any]
+) -> Comparison:
+    """Row by row, so that what is hard for both does not count.
+
+    >>> compare(Task.CLASSIFICATION, ["a", "b"], ["b", "b"], ["a", "b"]).difference
+    -0.5
+    """
+    if task is Task.REGRESSION:
+        truth = np.asarray(outcomes, dtype=np.float64)
+        new, old = (np.abs(np.asarray(one, dtype=np.float64) - truth) for one in (ours, champions))
+    else:
+        from phoenix_ml.domain.rows import Outputs
+
+        new, old = (losses(task, Outputs(list(one)), outcomes) for one in (ours, champions))
+    paired = new - old
+    error = float(paired.std(ddof=1) / np.sqrt(len(paired))) if len(paired) > 1 else float("inf")
+    return Comparison(len(paired), float(new.mean()), float(old.mean()), float(paired.mean()), error)
+
+
+class Healer:
+    """Takes up retrain jobs, one at a time. Belongs to one thread."""
+
+    def __init__(
+        self,
+        jobs: RetrainJobs,
+        monitoring: Monitoring,
+        registry: Registry,
+        artifacts: ArtifactStore,
+        engines: Engines,
+        prediction_log: PredictionLog,
+        trainer: Trainer,
+        settings: HealerSettings,
+        *,
+        owner: str,
+        now_ms: Callable[[], int],
+        write_table: Callable[..., Any],
+        read_columns: Callable[[Path], dict[str, list[Any]]],
+    ) -> None:
+        self._jobs = jobs
+        self._monitoring = monitoring
+        self._registry = registry
+        self._artifacts = artifacts
+        self._engines = engines
+        self._log = prediction_log
+        self._trainer = trainer
+        self._settings = settings
+        self._owner = owner
+        self._now_ms = now_ms
+        self._write_table = write_table
+        self._read_columns = read_columns
+
+    def step(self, keep_going: Callable[[], bool]) -> RetrainJob | None:
+        """The job as this step has left it; None where none waits. Raises DatabaseUnavailable."""
+        now_ms = self._now_ms()
+        job = self._jobs.lease(self._owner, now_ms, now_ms + _LEASE_MS)
+        if job is None:
+            return None
+        try:
+            if job.status is JobStatus.CHECKING and self._model_of(job) is not None:
+                return self._check(job)
+            if job.status is not JobStatus.REQUESTED:  # a healer that is gone had it
+                return self._again(job, "the healer that had it is gone")
+            return self._train(job, keep_going)
+        except DatabaseUnavailable:
+            raise
+        except Rejected as exc:
+            return self._end(job, JobStatus.REJECTED, str(exc))
+        except TrainingFailed as exc:
+            return self._again(job, str(exc))
+
+    # Training.
+
+    def _train(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
+        champion = self._champion(job)
+        version = next_version([one.version for one in self._registry.list_versions(job.model_id)])
+        folder = self._folder(job)
+        shutil.rmtree(folder, ignore_errors=True)
+        out = folder / "out"
+        out.mkdir(parents=True)
+        moved = self._jobs.move(
+            job, JobStatus.TRAINING, self._now_ms(), attempts=job.attempts + 1, new_version=version
+        )
+        if moved is None:
+            return None
+        rows = self._export(job, champion, folder / EXPORT_FILE)
+        if not rows:
+            raise TrainingFailed(
+                "no prediction of the last days has an outcome: there is nothing to train on"
+            )
+        fields = {
+            "export": str(folder / EXPORT_FILE),
+            "out": str(out),
+            "model": job.model_id,
+            "version": version,
+        }
+
+        def still_mine() -> bool:
+            return keep_going() and self._jobs.renew(moved, self._now_ms() + _LEASE_MS)
+
+        self._trainer.train(fields, folder / LOG_FILE, still_mine)
+        model = out / MODEL_FILE
+        if not model.is_file():
+            raise TrainingFailed(f"it ended well, and left no {MODEL_FILE} in {{out}}")
+        checking = self._jobs.move(
+            moved, JobStatus.CHECKING, self._now_ms(), result={"sha256": _digest(model)}
+        )
+        return None if checking is None else self._check(checking)
+
+    def _export(self, job: RetrainJob, champion: ModelVersion, path: Path) -> int:
+        """What the trainer gets; the predictions that are kept from it are left out."""
+        written = 0
+        with self._write_table(path, export_columns(champion.metadata)) as add_rows:
+            for page in self._rows(job, champion):
+                given = [row for row in page if not is_held_out(row["_prediction_id"])]
+                add_rows(given)
+                written += len(given)
+        return written
+
+    def _rows(self, job: RetrainJob, champion: ModelVersion) -> Any:
+        since_ms = job.requested_at_ms - round(self._settings.days * 24 * 3_600_000)
+        query = PredictionQuery(job.model_id, since_ms=since_ms)
+        return export_rows(self._log, query, champion.metadata, with_outcomes=True)
+
+    # Checking, and what follows.
+
+    def _check(self, job: RetrainJob) -> RetrainJob | None:
+        """Registers the model where it is fit to be a challenger. Raises Rejected."""
+        champion, model = self._champion(job), self._model_of(job)
+        assert model is not None
+        contract = self._contract(model, champion)
+        held_out = self._held_out(job, champion)
+        try:
+            comparison = self._compare(model, contract, champion, held_out)
+        except PhoenixError as exc:
+            raise Rejected(f"the model does not run over the predictions on record: {exc.message}") from exc
+        if comparison is None:
+            raise Rejected(
+                f"{len(held_out)} outcomes are kept for a comparison, and it takes {FEWEST_HELD_OUT}"
+            )
+        result = {"sha256": _digest(model), "comparison": msgspec.to_builtins(comparison)}
+        if comparison.is_worse:
+            raise Rejected(
+                f"it is worse than {champion.version}: {comparison.loss:.4g} against {comparison.champion_loss:.4g} "
+                f"over {comparison.n} outcomes that it was not trained on"
+            )
+        try:
+            version = register(
+                self._registry,
+                self._artifacts,
+                self._engines,
+                model,
+                Registration(
+                    job.model_id, str(job.new_version), Stage.STAGING, contract, champion.metadata.task
+                ),
+                actor=_ACTOR,
+                reference=self._reference(job),
+            )
+        except PhoenixError as exc:
+            raise Rejected(f"the model is not fit to be registered: {exc.message}") from exc
+        result["routing"] = self._route(job.model_id, champion, version)
+        return self._jobs.move(
+            job,
+            JobStatus.REGISTERED,
+            self._now_ms(),
+            result=result,
+            log_tail=self._log_tail(job),
+            error=None,
+        )
+
+    def _compare(
+        self,
+        model: Path,
+        contract: Mapping[str, FeatureRule],
+        champion: ModelVersion,
+        held_out: Sequence[Mapping[str, Any]],
+    ) -> Comparison | None:
+        if len(held_out) < FEWEST_HELD_OUT:
+            return None
+        hints = ModelHints(champion.metadata.task, tuple(contract))
+        metadata = self._engines.inspect(model, hints)
+        metadata = msgspec.structs.replace(
+            metadata, contract=FeatureContract.check(metadata.columns, contract)
+        )
+        if lacking := [name for name in metadata.contract if name not in champion.metadata.contract]:
+            raise Rejected(f"it takes {', '.join(lacking)}, which nobody sends to {champion.version}")
+        columns = {name: [row[name] for row in held_out] for name in champion.metadata.contract}
+        new = score(self._engines.load(model, metadata), metadata, columns)
+        old_engine = self._engines.load(
+            self._artifacts.fetch(champion.uri, champion.sha256), champion.metadata
+        )
+        old = score(old_engine, champion.metadata, columns)
+        if len({str(result) for result in new.results}) == 1:
+            raise Rejected(f"it answers {new.results[0]!r} to everything")
+        outcomes = [row[OUTCOME_COLUMN] for row in held_out]
+        return compare(champion.metadata.task, new.results, old.results, outcomes)
+
+    def _held_out(self, job: RetrainJob, champion: ModelVersion) -> list[dict[str, Any]]:
+        """The newest predictions with outcomes that the trainer has not had."""
+        found: list[dict[str, Any]] = []
+        for page in self._rows(job, champion):
+            found += [row for row in page if is_held_out(row["_prediction_id"])]
+            if len(found) >= _MOST_COMPARED:
+                break
+        return found[:_MOST_COMPARED]
+
+    def _contract(self, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
+        """What the trainer says of its features, or those of the champion."""
+        said = model.with_name(CONTRACT_FILE)
+        if not said.is_file():
+            return dict(champion.metadata.contract)
+        try:
+            return msgspec.json.decode(said.read_bytes(), type=dict[str, FeatureRule])
+        except msgspec.DecodeError as exc:
+            raise Rejected(f"{CONTRACT_FILE} is no feature contract: {exc}") from exc
+
+    def _reference(self, job: RetrainJob) -> Reference:
+        columns = self._read_columns(self._folder(job) / EXPORT_FILE)
+        return Reference(columns, TIME_COLUMN, OUTCOME_COLUMN)
+
+    def _route(self, model_id: str, champion: ModelVersion, version: ModelVersion) -> str:
+        """What became of the routing, in words; done twice it is as done once."""
+        policy = self._monitoring.settings(model_id).challenger_policy
+        if policy == "none":
+            return "none: it waits in staging"
+        wanted = _challenge(policy, champion.version, version.version)
+        active = [one for one in self._registry.list_versions(model_id) if one.is_active]
+        current = self._registry.routings().get(model_id) or default_routing(active)
+        if current is not None and len(current.arms) > 1 and current != wanted:
+            return f"unchanged: {current.strategy} of {', '.join(current.versions)} goes on"
+        activate(self._registry, self._artifacts, self._engines, model_id, version.version, actor=_ACTOR)
+        set_routing(self._registry, model_id, wanted, actor=_ACTOR)
+        return f"{wanted.strategy} beside {champion.version}"
+
+    # A job's end, and its next attempt.
+
+    def _again(self, job: RetrainJob, why: str) -> RetrainJob | None:
+        job = self._jobs.get(job.id)
+        if job.attempts >= self._settings.most_attempts:
+            return self._end(job, JobStatus.FAILED, why)
+        pause_ms = _FIRST_PAUSE_MS << max(0, job.attempts - 1)
+        now_ms = self._now_ms()
+        return self._jobs.move(
+            job,
+            JobStatus.REQUESTED,
+            now_ms,
+            error=why,
+            not_before=now_ms + pause_ms,
+            log_tail=self._log_tail(job),
+        )
+
+    def _end(self, job: RetrainJob, status: JobStatus, why: str) -> RetrainJob | None:
+        job = self._jobs.get(job.id)
+        log.warning("%s is not retrained, job %s: %s", job.model_id, job.id, why)
+        return self._jobs.move(job, status, self._now_ms(), error=why, log_tail=self._log_tail(job))
+
+    # What a job has.
+
+    def _champion(self, job: RetrainJob) -> ModelVersion:
+        return self._registry.get(job.model_id, job.model_version)
+
+    def _folder(self, job: RetrainJob) -> Path:
+        return self._settings.folder / job.id
+
+    def _model_of(self, job: RetrainJob) -> Path | None:
+        """The trainer's model, if it is still as it was when training ended."""
+        model = self._folder(job) / "out" / MODEL_FILE
+        wanted = (job.result or {}).get("sha256")
+        return model if model.is_file() and _digest(model) == wanted else None
+
+    def _log_tail(self, job: RetrainJob) -> str:
+        path = self._folder(job) / LOG_FILE
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").replace("\0", "")
+
+
+def _challenge(policy: str, champion: str, challenger: str) -> Routing:
+    if policy == "shadow":
+        return Routing(Strategy.SHADOW, (Arm(champion), Arm(challenger, Role.SHADOW)))
+    share = float(policy.removeprefix("ab:"))
+    return Routing(
+        Strategy.AB_TEST, (Arm(champion, weight=1 - share), Arm(challenger, Role.CHALLENGER, share))
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,104 @@
+"""Retrain jobs in SQL. See ``RetrainJobs`` in the ports for the contract."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import Row, func, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from phoenix_ml.application.ports import JobQuery
+from phoenix_ml.domain.errors import JobUnknown
+from phoenix_ml.domain.healing import ENDED, JobStatus, RetrainJob, check_step
+from phoenix_ml.infrastructure.sql.database import Database, fields_of
+from phoenix_ml.infrastructure.sql.schema import retrain_jobs
+
+_INSTANTS = ("requested_at", "updated_at", "not_before", "owned_until")
+
+
+class SqlRetrainJobs:
+    """The table ``retrain_jobs``."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._dialect = sqlite if database.is_sqlite else postgresql
+
+    def add(self, job: RetrainJob) -> bool:
+        asked = self._dialect.insert(retrain_jobs).values(job_row(job)).on_conflict_do_nothing()
+        with self._database.write() as connection:
+            return connection.execute(asked.returning(retrain_jobs.c.id)).one_or_none() is not None
+
+    def get(self, job_id: str) -> RetrainJob:
+        with self._database.read() as connection:
+            row = connection.execute(select(retrain_jobs).where(retrain_jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise JobUnknown(f"there is no retrain job {job_id}", job_id=job_id)
+        return _job(row)
+
+    def page(self, query: JobQuery) -> list[RetrainJob]:
+        table = retrain_jobs.c
+        statement = select(retrain_jobs).order_by(table.requested_at.desc(), table.id).limit(query.limit)
+        if query.model_id is not None:
+            statement = statement.where(table.model_id == query.model_id)
+        with self._database.read() as connection:
+            return [_job(row) for row in connection.execute(statement)]
+
+    def lease(self, owner: str, now_ms: int, until_ms: int) -> RetrainJob | None:
+        table = retrain_jobs.c
+        # What waits, and what somebody who is gone had in hand.
+        is_free = or_(
+            (table.status == JobStatus.REQUESTED) & (table.not_before <= now_ms),
+            table.status.in_([JobStatus.TRAINING, JobStatus.CHECKING]),
+        ) & (table.owned_until <= now_ms)
+        oldest = select(table.id).where(is_free).order_by(table.requested_at, table.id).limit(1)
+        with self._database.write() as connection:
+            job_id = connection.execute(oldest).scalar_one_or_none()
+            if job_id is None:
+                return None
+            taken = (
+                update(retrain_jobs)
+                .where(table.id == job_id, is_free)
+                .values(owner=owner, owned_until=until_ms, updated_at=now_ms)
+            )
+            if not connection.execute(taken).rowcount:
+                return None
+            return _job(connection.execute(select(retrain_jobs).where(table.id == job_id)).one())
+
+    def renew(self, job: RetrainJob, until_ms: int) -> bool:
+        return self._change(job, {"owned_until": until_ms}) is not None
+
+    def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
+        check_step(job.status, status)
+        values = facts | {"status": status, "updated_at": at_ms}
+        if status in ENDED or status is JobStatus.REQUESTED:
+            values |= {"owner": None, "owned_until": 0}
+        return self._change(job, values)
+
+    def count_by_status(self) -> dict[str, int]:
+        table = retrain_jobs.c
+        counts = select(table.status, func.count()).group_by(table.status)
+        with self._database.read() as connection:
+            return {row[0]: row[1] for row in connection.execute(counts)}
+
+    def _change(self, job: RetrainJob, values: Mapping[str, Any]) -> RetrainJob | None:
+        """The job as it is then; None when somebody else has it, or has moved it."""
+        table = retrain_jobs.c
+        mine = (table.id == job.id, table.status == job.status, table.owner == job.owner)
+        with self._database.write() as connection:
+            if not connection.execute(update(retrain_jobs).where(*mine).values(**values)).rowcount:
+                return None
+            return _job(connection.execute(select(retrain_jobs).where(table.id == job.id)).one())
+
+
+def _job(row: Row[Any]) -> RetrainJob:
+    facts = fields_of(row)
+    for name in _INSTANTS:
+        facts[f"{name}_ms"] = facts.pop(name)
+    return msgspec.convert(facts, RetrainJob)
+
+
+def job_row(job: RetrainJob) -> dict[str, Any]:
+    row = msgspec.structs.asdict(job)
+    for name in _INSTANTS:
+        row[name] = row.pop(f"{name}_ms")
+    return row

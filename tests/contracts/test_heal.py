@@ -1,0 +1,254 @@
+"""From a request to a challenger, or to the reason why there is none, with real trainers over SQLite and PostgreSQL."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_models
+import pytest
+from databases import empty
+from sample_events import AT_MS, outcome, prediction
+
+from phoenix_ml.application.catalogue import Registration, activate, register
+from phoenix_ml.application.heal import Healer, HealerSettings, is_held_out
+from phoenix_ml.application.ports import RecordedEvent
+from phoenix_ml.bootstrap import Phoenix, bootstrap
+from phoenix_ml.domain.features import FeatureRule, FeatureType
+from phoenix_ml.domain.healing import JobStatus, RetrainJob
+from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
+from phoenix_ml.infrastructure.tables import read_columns, write_table
+from phoenix_ml.infrastructure.training.process import ProcessTrainer
+from phoenix_ml.settings import fixed_settings
+
+CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}
+ROWS = 600
+# The champion adds 0.25; since the world has changed, 3 would be right.
+CHAMPION, RIGHT, WRONG = (onnx_models.linear_regressor(2, bias=bias) for bias in (0.25, 3.0, 9.0))
+
+
+class Clock:
+    now_ms = AT_MS + 10_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+@pytest.fixture
+def phoenix(url: str, tmp_path: Path) -> Iterator[Phoenix]:
+    """A champion with 600 predictions on record, all with outcomes."""
+    phoenix = bootstrap(fixed_settings(data=tmp_path / "data", database=url))
+    with closing(phoenix):
+        empty(phoenix.database)
+        champion = add(phoenix, "1.0.0", onnx_models.write(tmp_path / "champion.onnx", CHAMPION))
+        log_predictions(phoenix, champion)
+        yield phoenix
+
+
+def add(phoenix: Phoenix, version: str, artifact: Path) -> ModelVersion:
+    where = phoenix.registry, phoenix.artifacts, phoenix.engines
+    register(*where, artifact, Registration("risk", version, Stage.PROD, CONTRACT), actor="ann")
+    return activate(*where, "risk", version, actor="ann")
+
+
+def log_predictions(phoenix: Phoenix, version: ModelVersion) -> None:
+    values = np.random.default_rng(1).normal(size=(ROWS, 2)).astype(np.float32)
+    row_format = RowFormat(version.metadata.columns)
+    recorded: list[RecordedEvent] = []
+    for age, income in values.tolist():
+        y = float(np.dot([age, income], onnx_models.weights(2)))
+        made = prediction(
+            inputs=row_format.pack((age, income)),
+            result=y + 0.25,
+            confidence=None,
+            probabilities=None,
+            role=Role.CHAMPION,
+            sha256=version.sha256,
+            sources="rr",
+        )
+        recorded += [
+            RecordedEvent(event, msgspec.msgpack.encode(event), row_format)
+            for event in (made, outcome(made.id, y + 3.0))
+        ]
+    phoenix.prediction_log.write(recorded)
+
+
+def healer(phoenix: Phoenix, folder: Path, program: str, clock: Clock | None = None) -> Healer:
+    """Its trainer is a Python program that finds the three models beside it."""
+    for name, model in (("right", RIGHT), ("wrong", WRONG)):
+        onnx_models.write(folder / f"{name}.onnx", model)
+    script = folder / "train.py"
+    script.write_text(
+        f"import os, shutil, sys\nhere, export, out = {str(folder)!r}, *sys.argv[1:]\n{program}\n"
+    )
+    return Healer(
+        SqlRetrainJobs(phoenix.database),
+        phoenix.monitoring,
+        phoenix.registry,
+        phoenix.artifacts,
+        phoenix.engines,
+        phoenix.prediction_log,
+        ProcessTrainer(f"{sys.executable} {script} {{export}} {{out}}", limit_s=60, memory_bytes=None),
+        HealerSettings(folder / "healing"),
+        owner="healer-1",
+        now_ms=clock or Clock(),
+        write_table=write_table,
+        read_columns=read_columns,
+    )
+
+
+def ask(phoenix: Phoenix, **facts: Any) -> SqlRetrainJobs:
+    jobs = SqlRetrainJobs(phoenix.database)
+    job = RetrainJob("a" * 32, "risk", "1.0.0", "outcomes", {}, JobStatus.REQUESTED, AT_MS, AT_MS)
+    assert jobs.add(msgspec.structs.replace(job, **facts))
+    return jobs
+
+
+TAKES = "shutil.copy(f'{here}/%s.onnx', f'{out}/model.onnx')"
+
+
+def test_a_better_model_becomes_a_shadow_beside_the_champion(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The new version arrives as a challenger, never as a swap."""
+    ask(phoenix)
+
+    job = healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert job is not None
+    assert (job.status, job.new_version, job.error) == (JobStatus.REGISTERED, "1.1.0", None)
+    version = phoenix.registry.get("risk", "1.1.0")
+    assert (version.stage, version.is_active) == (Stage.STAGING, True)
+    assert version.metadata.baseline is not None
+    assert phoenix.registry.routings()["risk"] == Routing(
+        Strategy.SHADOW, (Arm("1.0.0"), Arm("1.1.0", Role.SHADOW))
+    )
+    comparison = (job.result or {})["comparison"]
+    assert comparison["champion_loss"] == pytest.approx(2.75, abs=1e-5)
+    assert comparison["loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_trainer_never_sees_what_versions_are_compared_over(phoenix: Phoenix, tmp_path: Path) -> None:
+    """A model that has learned the answers by heart would win every comparison."""
+    ask(phoenix)
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    exported = read_columns(next((tmp_path / "healing").glob("*/export.parquet")))
+    assert len(exported["_prediction_id"]) == pytest.approx(ROWS * 0.8, abs=50)
+    assert not any(map(is_held_out, exported["_prediction_id"]))
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "words"),
+    [
+        (TAKES % "wrong", JobStatus.REJECTED, "it is worse than 1.0.0: 6 against 2.75"),
+        ("open(f'{out}/model.onnx', 'wb').write(b'garbage')", JobStatus.REJECTED, "not an ONNX model"),
+        ("raise SystemExit(3)", JobStatus.REQUESTED, "exit code 3"),
+        ("pass", JobStatus.REQUESTED, "left no model.onnx"),
+    ],
+)
+def test_a_model_that_is_no_better_changes_nothing_and_says_why(
+    phoenix: Phoenix, tmp_path: Path, program: str, status: JobStatus, words: str
+) -> None:
+    """Healing must never make it worse."""
+    ask(phoenix)
+    before = phoenix.registry.revision()
+
+    job = healer(phoenix, tmp_path, program).step(lambda: True)
+
+    assert job is not None
+    assert job.status is status
+    assert words in str(job.error)
+    assert phoenix.registry.revision() == before
+
+
+def test_what_fails_is_tried_again_later_and_then_given_up(phoenix: Phoenix, tmp_path: Path) -> None:
+    """A full disk passes, a wrong program does not."""
+    ask(phoenix)
+    clock = Clock()
+    doctor = healer(phoenix, tmp_path, "print('no luck'); raise SystemExit(3)", clock)
+    seen = []
+    for _ in range(8):
+        job = doctor.step(lambda: True)
+        seen.append(None if job is None else (job.status.value, job.attempts))
+        clock.now_ms += 60_000
+
+    assert seen == [
+        ("requested", 1),
+        ("requested", 2),
+        None,
+        ("failed", 3),
+        None,
+        None,
+        None,
+        None,
+    ]
+    assert "no luck" in SqlRetrainJobs(phoenix.database).get("a" * 32).log_tail
+
+
+def test_an_experiment_that_runs_is_not_disturbed(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Whoever set it up counts on its shares."""
+    add(
+        phoenix,
+        "1.0.1",
+        onnx_models.write(tmp_path / "other.onnx", onnx_models.linear_regressor(2, bias=1.0)),
+    )
+    running = Routing(Strategy.CANARY, (Arm("1.0.0", weight=9), Arm("1.0.1", Role.CHALLENGER)))
+    phoenix.registry.set_routing("risk", running, "ann")
+    ask(phoenix)
+
+    job = healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert job is not None
+    assert (job.result or {})["routing"] == "unchanged: canary of 1.0.0, 1.0.1 goes on"
+    assert phoenix.registry.routings()["risk"] == running
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("none", None),
+        (
+            "ab:0.25",
+            Routing(Strategy.AB_TEST, (Arm("1.0.0", weight=0.75), Arm("1.1.0", Role.CHALLENGER, 0.25))),
+        ),
+    ],
+)
+def test_the_models_policy_says_what_a_challenger_does(
+    phoenix: Phoenix, tmp_path: Path, policy: str, expected: Routing | None
+) -> None:
+    """Some take a share of the traffic at once, some wait for a person."""
+    phoenix.monitoring.change_settings("risk", {"challenger_policy": policy}, "ann")
+    ask(phoenix)
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert phoenix.registry.routings().get("risk") == expected
+    assert phoenix.registry.get("risk", "1.1.0").stage is Stage.STAGING
+
+
+def test_a_healer_that_died_after_registering_is_followed_by_one_that_finishes(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """Exactly one challenger, whatever dies in between."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    done = doctor.step(lambda: True)
+    assert done is not None
+    died_before_its_end = msgspec.structs.replace(
+        done, id="b" * 32, status=JobStatus.CHECKING, owner="gone", owned_until_ms=0
+    )
+    jobs.add(died_before_its_end)
+    (tmp_path / "healing" / ("a" * 32)).rename(tmp_path / "healing" / ("b" * 32))
+
+    again = doctor.step(lambda: True)
+
+    assert again is not None
+    assert (again.status, again.new_version) == (JobStatus.REGISTERED, "1.1.0")
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]

@@ -1,0 +1,143 @@
+"""A command of the user's trains: within its limits, with its output kept, and gone with all that it started."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from servers import wait_until
+
+from phoenix_ml.application.ports import TrainingFailed
+from phoenix_ml.domain.errors import Misconfigured
+from phoenix_ml.infrastructure.training.process import ProcessTrainer
+
+GIB = 1024**3
+
+
+def run(
+    folder: Path,
+    program: str,
+    *,
+    limit_s: float = 30.0,
+    memory_bytes: int | None = None,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> str:
+    """Trains with a Python program; what it wrote."""
+    script = folder / "train.py"
+    script.write_text(program)
+    (folder / "out").mkdir(exist_ok=True)
+    command = f"{sys.executable} {script} --data {{export}} --out {{out}} --name {{model}}={{version}}"
+    trainer = ProcessTrainer(command, limit_s=limit_s, memory_bytes=memory_bytes)
+    fields = {"export": "x.parquet", "out": str(folder / "out"), "model": "risk", "version": "1.1.0"}
+    trainer.train(fields, folder / "log", keep_going)
+    return (folder / "log").read_text()
+
+
+def test_a_command_gets_what_it_needs_and_its_output_is_kept(tmp_path: Path) -> None:
+    """A name with a space stays one word: no shell is involved."""
+    program = "import os, sys; print(sys.argv[1:]); print(os.getcwd()); open('model.onnx', 'w').close()"
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(program)
+    (folder / "out").mkdir()
+    trainer = ProcessTrainer(
+        f"{sys.executable} '{script}' {{export}} {{model}}", limit_s=30, memory_bytes=None
+    )
+
+    fields = {"export": "a b", "out": str(folder / "out"), "model": "risk", "version": "1"}
+    trainer.train(fields, folder / "log", lambda: True)
+
+    assert (folder / "log").read_text() == f"['a b', 'risk']\n{folder / 'out'}\n"
+    assert (folder / "out" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("raise SystemExit(3)", "exit code 3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal SIGSEGV"),
+    ],
+)
+def test_a_command_that_fails_says_how(tmp_path: Path, program: str, words: str) -> None:
+    """The end of a job is for a person to read."""
+    with pytest.raises(TrainingFailed, match=words):
+        run(tmp_path, program)
+
+
+def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """A worker that is left behind would train for ever."""
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open('child', 'w').write(str(child.pid)); time.sleep(600)\n"
+    )
+    with pytest.raises(TrainingFailed, match="longer than the 3 s"):
+        run(tmp_path, program, limit_s=3)
+
+    child = int((tmp_path / "out" / "child").read_text())
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or is_zombie(child), 10, "the child has ended")
+
+
+def is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_command_that_takes_too_much_memory_fails_by_itself(tmp_path: Path) -> None:
+    """The server beside it must not be what the kernel ends."""
+    with pytest.raises(TrainingFailed, match="exit code 1"):
+        run(tmp_path, "x = bytearray(2 * 1024**3)", memory_bytes=GIB)
+
+    assert "MemoryError" in (tmp_path / "log").read_text()
+
+
+def test_a_command_is_ended_when_it_is_wanted_no_more(tmp_path: Path) -> None:
+    """A stop does not wait for a training, and a job that is somebody else's is left to them."""
+    asked = iter([True, True, False])
+    with pytest.raises(TrainingFailed, match="the healer stops"):
+        run(tmp_path, "import time; time.sleep(600)", keep_going=lambda: next(asked))
+
+
+def test_output_beyond_all_measure_ends_the_command(tmp_path: Path) -> None:
+    """A disk that is full would stop the journals."""
+    with pytest.raises(TrainingFailed, match="output"):
+        run(tmp_path, "while True: print('x' * 100_000, flush=True)")
+
+    assert (tmp_path / "log").stat().st_size < GIB
+
+
+def test_a_command_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    """Most often it is a path that is true on another machine."""
+    trainer = ProcessTrainer("/no/such/trainer {export}", limit_s=5, memory_bytes=None)
+    with pytest.raises(TrainingFailed, match="/no/such/trainer cannot be started: No such file"):
+        trainer.train(
+            {"export": "", "out": str(tmp_path), "model": "", "version": ""}, tmp_path / "log", lambda: True
+        )
+
+
+@pytest.mark.parametrize("command", ["", "python {data}", "python 'x", "python {}", "python {0}"])
+def test_a_command_that_cannot_be_filled_in_is_refused_at_the_start(command: str) -> None:
+    """Not in the night when it is needed."""
+    with pytest.raises(Misconfigured, match="PHOENIX_TRAINER"):
+        ProcessTrainer(command, limit_s=5, memory_bytes=None)
+
+
+def test_a_trainer_dies_with_its_healer(tmp_path: Path) -> None:
+    """Else a healer that was killed would leave a training that nobody knows of, and the next one starts another."""
+    pid = os.fork()
+    if pid == 0:  # the healer
+        try:
+            run(tmp_path, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)")
+        finally:
+            os._exit(0)
+    written = tmp_path / "out" / "pid"
+    wait_until(lambda: written.exists() and bool(written.read_text()), 30, "the trainer runs")
+    trainer = int(written.read_text())
+
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+    wait_until(
+        lambda: not Path(f"/proc/{trainer}").exists() or is_zombie(trainer), 10, "the trainer has ended"
+    )
