@@ -11,18 +11,22 @@ import numpy as np
 import onnx_models
 import pytest
 from databases import empty
+from onnx import TensorProto, helper
 from sample_events import AT_MS, outcome, prediction
 
-from phoenix_ml.application.catalogue import Registration, activate, register
+from phoenix_ml.application.catalogue import Reference, Registration, activate, register
 from phoenix_ml.application.heal import Healer, HealerSettings, is_held_out
 from phoenix_ml.application.ports import RecordedEvent
 from phoenix_ml.bootstrap import Phoenix, bootstrap
+from phoenix_ml.domain.errors import ArtifactStoreUnavailable
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.models import ModelVersion, Stage
-from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
 from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
+from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 from phoenix_ml.infrastructure.tables import read_columns, write_table
 from phoenix_ml.infrastructure.training.process import ProcessTrainer
 from phoenix_ml.settings import fixed_settings
@@ -57,8 +61,10 @@ def add(phoenix: Phoenix, version: str, artifact: Path) -> ModelVersion:
     return activate(*where, "risk", version, actor="ann")
 
 
-def log_predictions(phoenix: Phoenix, version: ModelVersion) -> None:
-    values = np.random.default_rng(1).normal(size=(ROWS, 2)).astype(np.float32)
+def log_predictions(
+    phoenix: Phoenix, version: ModelVersion, *, shift: float = 3.0, at_ms: int = AT_MS, rows: int = ROWS
+) -> None:
+    values = np.random.default_rng(1).normal(size=(rows, 2)).astype(np.float32)
     row_format = RowFormat(version.metadata.columns)
     recorded: list[RecordedEvent] = []
     for age, income in values.tolist():
@@ -71,10 +77,11 @@ def log_predictions(phoenix: Phoenix, version: ModelVersion) -> None:
             role=Role.CHAMPION,
             sha256=version.sha256,
             sources="rr",
+            created_at_ms=at_ms,
         )
         recorded += [
             RecordedEvent(event, msgspec.msgpack.encode(event), row_format)
-            for event in (made, outcome(made.id, y + 3.0))
+            for event in (made, outcome(made.id, y + shift))
         ]
     phoenix.prediction_log.write(recorded)
 
@@ -252,3 +259,187 @@ def test_a_healer_that_died_after_registering_is_followed_by_one_that_finishes(
     assert again is not None
     assert (again.status, again.new_version) == (JobStatus.REGISTERED, "1.1.0")
     assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
+
+
+def test_a_healer_that_has_lost_its_job_leaves_it_to_the_one_that_has_it(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A healer that was stopped for a minute, with its machine, must not take the job back."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    slow = healer(phoenix, tmp_path, "import time; time.sleep(600)", clock)
+    taken: list[Any] = []
+
+    def another_comes() -> bool:
+        clock.now_ms += 120_000
+        taken.append(jobs.lease("healer-2", clock.now_ms, clock.now_ms + 60_000))
+        return True
+
+    slow.step(another_comes)
+
+    assert taken[0] is not None
+    assert jobs.get("a" * 32) == taken[0]
+
+
+def test_a_stop_of_the_healer_is_no_failed_attempt(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Three deployments during a training would end it, and each would delay it."""
+    jobs = ask(phoenix)
+
+    healer(phoenix, tmp_path, "import time; time.sleep(600)").step(lambda: False)
+
+    job = jobs.get("a" * 32)
+    assert (job.status, job.attempts, job.not_before_ms <= Clock.now_ms) == (JobStatus.REQUESTED, 0, True)
+
+
+def test_a_champion_that_was_replaced_meanwhile_does_not_come_back(phoenix: Phoenix, tmp_path: Path) -> None:
+    """A person has chosen another one since the monitor asked."""
+    ask(phoenix)
+    add(phoenix, "1.0.5", onnx_models.write(tmp_path / "o.onnx", onnx_models.linear_regressor(2, bias=2.0)))
+    chosen = Routing(Strategy.SINGLE, (Arm("1.0.5"),))
+    phoenix.registry.set_routing("risk", chosen, "ann")
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    routing = phoenix.registry.routings()["risk"]
+    assert next(arm.version for arm in routing.arms if arm.role is Role.CHAMPION) == "1.0.5"
+
+
+def test_a_champion_that_was_deactivated_meanwhile_ends_no_process(phoenix: Phoenix, tmp_path: Path) -> None:
+    """What a role raises ends the log and the monitor with it, again and again."""
+    jobs = ask(phoenix)
+    add(phoenix, "1.0.5", onnx_models.write(tmp_path / "o.onnx", onnx_models.linear_regressor(2, bias=2.0)))
+    phoenix.registry.set_routing("risk", Routing(Strategy.SINGLE, (Arm("1.0.5"),)), "ann")
+    phoenix.registry.set_active("risk", "1.0.0", False, "ann")
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert jobs.get("a" * 32).error or jobs.get("a" * 32).status is JobStatus.REGISTERED
+
+
+class StoreIsAway(FileArtifacts):
+    """It takes nothing for now."""
+
+    def put(self, path: Path) -> Any:
+        raise ArtifactStoreUnavailable("the store is away")
+
+
+def test_a_store_that_is_away_rejects_no_model(phoenix: Phoenix, tmp_path: Path) -> None:
+    """It is no fault of the model's, and a training is hours of work: it is registered when the store is back."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    doctor._artifacts = StoreIsAway(phoenix.settings.data / "artifacts")
+    with pytest.raises(ArtifactStoreUnavailable):
+        doctor.step(lambda: True)
+
+    doctor._artifacts = phoenix.artifacts
+    clock.now_ms += 60_000
+    doctor.step(lambda: True)
+
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).attempts) == (JobStatus.REGISTERED, 1)
+
+
+def test_a_disk_that_is_full_ends_no_process(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Then the log and the monitor must go on."""
+    jobs = ask(phoenix)
+    (tmp_path / "healing").write_text("not a folder")
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert "Not a directory" in str(jobs.get("a" * 32).error)
+
+
+def sometimes_nan() -> bytes:
+    """Right where the first feature is positive, NaN elsewhere."""
+    model = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["xw"]),
+            helper.make_node("Add", ["xw", "b"], ["right"]),
+            helper.make_node("MatMul", ["x", "first"], ["age"]),
+            helper.make_node("Sqrt", ["age"], ["root"]),
+            helper.make_node("Mul", ["root", "zero"], ["nothing"]),
+            helper.make_node("Add", ["right", "nothing"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 2))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 1))],
+        [
+            helper.make_tensor("w", TensorProto.FLOAT, (2, 1), onnx_models.weights(2)),
+            helper.make_tensor("first", TensorProto.FLOAT, (2, 1), [1.0, 0.0]),
+            helper.make_tensor("b", TensorProto.FLOAT, (1,), [3.0]),
+            helper.make_tensor("zero", TensorProto.FLOAT, (1,), [0.0]),
+        ],
+    )
+    made = helper.make_model(model, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(made.SerializeToString())
+
+
+def test_a_model_that_sometimes_answers_no_number_is_rejected(phoenix: Phoenix, tmp_path: Path) -> None:
+    """A comparison with NaN in it is never worse."""
+    jobs = ask(phoenix)
+    onnx_models.write(tmp_path / "nan.onnx", sometimes_nan())
+
+    healer(phoenix, tmp_path, TAKES % "nan").step(lambda: True)
+
+    assert jobs.get("a" * 32).status is JobStatus.REJECTED
+    assert "risk" not in phoenix.registry.routings()
+
+
+def test_the_challenger_answers_nobody_while_it_is_put_in_place(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Without a routing the active version of the best stage answers: beside a champion in dev, the new one."""
+    where = phoenix.registry, phoenix.artifacts, phoenix.engines
+    empty(phoenix.database)
+    first = onnx_models.write(tmp_path / "dev.onnx", onnx_models.linear_regressor(2))
+    register(*where, first, Registration("risk", "1.0.0", Stage.DEV, CONTRACT), actor="ann")
+    log_predictions(phoenix, activate(*where, "risk", "1.0.0", actor="ann"))
+    ask(phoenix)
+    doctor = healer(phoenix, tmp_path, TAKES % "right")
+    answering: list[str] = []
+
+    class Watched(SqlRegistry):
+        def set_active(self, model_id: str, version: str, active: bool, actor: str) -> ModelVersion:
+            done = super().set_active(model_id, version, active, actor)
+            versions = [one for one in self.list_versions("risk") if one.is_active]
+            routing = self.routings().get("risk") or default_routing(versions)
+            assert routing is not None
+            answering.append(next(arm.version for arm in routing.arms if arm.role is Role.CHAMPION))
+            return done
+
+    doctor._registry = Watched(phoenix.database)
+    doctor.step(lambda: True)
+
+    assert answering == ["1.0.0"]
+
+
+def test_outcomes_of_the_world_as_it_was_do_not_outvote_those_since(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The champion is good at what was: that is why it suffers now."""
+    empty(phoenix.database)
+    champion = add(phoenix, "1.0.0", onnx_models.write(tmp_path / "c2.onnx", onnx_models.linear_regressor(2)))
+    log_predictions(phoenix, champion, shift=0.25, at_ms=AT_MS - 20 * 24 * 3_600_000, rows=6000)
+    log_predictions(phoenix, champion, shift=3.0, at_ms=AT_MS, rows=1500)
+    jobs = ask(phoenix)
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).error) == (JobStatus.REGISTERED, None)
+
+
+def test_a_reference_that_the_model_answers_with_nan_leaves_the_registry_readable(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """One version that cannot be read hides all models from every process."""
+    values = np.random.default_rng(2).normal(size=(600, 2))
+    columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "paid": values.sum(1).tolist()}
+    artifact = onnx_models.write(tmp_path / "nan.onnx", sometimes_nan())
+
+    register(
+        phoenix.registry,
+        phoenix.artifacts,
+        phoenix.engines,
+        artifact,
+        Registration("other", "1.0.0", features=CONTRACT),
+        actor="ann",
+        reference=Reference(columns, outcome="paid"),
+    )
+
+    assert [one.model_id for one in phoenix.registry.list_versions()] == ["other", "risk"]

@@ -141,3 +141,22 @@ def test_a_trainer_dies_with_its_healer(tmp_path: Path) -> None:
     wait_until(
         lambda: not Path(f"/proc/{trainer}").exists() or is_zombie(trainer), 10, "the trainer has ended"
     )
+
+
+def test_what_a_trainer_has_started_dies_with_the_healer_too(tmp_path: Path) -> None:
+    """The program that trains is often a child of the command: ``uv run train.py``, ``make train``."""
+    inner = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    pid = os.fork()
+    if pid == 0:  # the healer
+        try:
+            run(tmp_path, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])")
+        finally:
+            os._exit(0)
+    written = tmp_path / "out" / "pid"
+    wait_until(lambda: written.exists() and bool(written.read_text()), 30, "the child runs")
+    child = int(written.read_text())
+
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or is_zombie(child), 10, "the child has ended")

@@ -6,8 +6,9 @@ a job that another one finishes; what a job registers is found again by its dige
 
 import hashlib
 import logging
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,13 +33,15 @@ from phoenix_ml.application.ports import (
     Registry,
     RetrainJobs,
     TrainingFailed,
+    TrainingStopped,
 )
 from phoenix_ml.application.statistics.quality import losses
-from phoenix_ml.domain.errors import DatabaseUnavailable, PhoenixError
+from phoenix_ml.domain.errors import PhoenixError, Unavailable
 from phoenix_ml.domain.features import FeatureContract, FeatureRule
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.models import ModelVersion, Stage, Task, version_precedence
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
+from phoenix_ml.domain.rows import Outputs
 
 log = logging.getLogger(__name__)
 MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
@@ -50,8 +53,10 @@ MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
 # Of the predictions with outcomes one in five is kept from the trainer: the versions are compared over these.
 _HELD_OUT_OF = 5
 FEWEST_HELD_OUT = 50
-_MOST_COMPARED = 5000
+# The newest: with many of the world as it was, the champion that suffers now would win.
+_MOST_COMPARED = 500
 _LEASE_MS = 60_000
+_RENEWED_BEFORE_MS = 40_000
 _FIRST_PAUSE_MS = 60_000
 _ACTOR = "healer"
 _LOG_TAIL_BYTES = 8192
@@ -97,7 +102,7 @@ def is_held_out(prediction_id: str) -> bool:
     """One prediction in five, always the same ones.
 
     >>> sum(is_held_out(str(i)) for i in range(1000))
-    205
+    201
     """
     return hashlib.blake2b(prediction_id.encode(), digest_size=2).digest()[0] % _HELD_OUT_OF == 0
 
@@ -125,12 +130,21 @@ def compare(
         truth = np.asarray(outcomes, dtype=np.float64)
         new, old = (np.abs(np.asarray(one, dtype=np.float64) - truth) for one in (ours, champions))
     else:
-        from phoenix_ml.domain.rows import Outputs
-
         new, old = (losses(task, Outputs(list(one)), outcomes) for one in (ours, champions))
     paired = new - old
     error = float(paired.std(ddof=1) / np.sqrt(len(paired))) if len(paired) > 1 else float("inf")
     return Comparison(len(paired), float(new.mean()), float(old.mean()), float(paired.mean()), error)
+
+
+def is_finite(result: Any) -> bool:
+    """Whether it is no NaN and no infinity; labels never are.
+
+    >>> is_finite("good"), is_finite(float("nan")), is_finite([1.0, float("inf")])
+    (True, False, False)
+    """
+    if isinstance(result, list):
+        return all(map(is_finite, result))
+    return not isinstance(result, float) or math.isfinite(result)
 
 
 class Healer:
@@ -164,41 +178,74 @@ class Healer:
         self._now_ms = now_ms
         self._write_table = write_table
         self._read_columns = read_columns
+        # The job in hand, as this healer has stored it last: what another has made of it since is theirs.
+        self._held: RetrainJob
 
     def step(self, keep_going: Callable[[], bool]) -> RetrainJob | None:
-        """The job as this step has left it; None where none waits. Raises DatabaseUnavailable."""
+        """The job as this step has left it; None where none waits, or another healer has it by now.
+
+        Raises Unavailable; the job is taken up again once its lease is over.
+        """
         now_ms = self._now_ms()
         job = self._jobs.lease(self._owner, now_ms, now_ms + _LEASE_MS)
         if job is None:
             return None
+        self._held = job
         try:
-            if job.status is JobStatus.CHECKING and self._model_of(job) is not None:
-                return self._check(job)
-            if job.status is not JobStatus.REQUESTED:  # a healer that is gone had it
-                return self._again(job, "the healer that had it is gone")
-            return self._train(job, keep_going)
-        except DatabaseUnavailable:
+            return self._take_up(job, keep_going)
+        except Unavailable:  # no fault of the model's: what is trained stays
             raise
         except Rejected as exc:
-            return self._end(job, JobStatus.REJECTED, str(exc))
-        except TrainingFailed as exc:
-            return self._again(job, str(exc))
+            return self._end(self._held, JobStatus.REJECTED, str(exc))
+        except TrainingStopped as exc:
+            return self._give_back(job, str(exc))
+        except PhoenixError as exc:
+            return self._again(self._held, exc.message)
+        except (TrainingFailed, OSError) as exc:
+            return self._again(self._held, str(exc))
+
+    def _take_up(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
+        if job.status is JobStatus.REQUESTED:
+            return self._train(job, keep_going)
+        # A healer that is gone had it.
+        if job.status is JobStatus.CHECKING and self._model_of(job) is not None:
+            return self._check(job)
+        return self._again(job, "the healer that had it is gone")
 
     # Training.
 
     def _train(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
         champion = self._champion(job)
         version = next_version([one.version for one in self._registry.list_versions(job.model_id)])
-        folder = self._folder(job)
-        shutil.rmtree(folder, ignore_errors=True)
-        out = folder / "out"
-        out.mkdir(parents=True)
         moved = self._jobs.move(
             job, JobStatus.TRAINING, self._now_ms(), attempts=job.attempts + 1, new_version=version
         )
         if moved is None:
             return None
-        rows = self._export(job, champion, folder / EXPORT_FILE)
+        self._held = moved
+        folder = self._folder(job)
+        shutil.rmtree(folder, ignore_errors=True)
+        out = folder / "out"
+        out.mkdir(parents=True)
+
+        leased_until_ms = moved.owned_until_ms
+
+        def still_mine() -> bool:
+            nonlocal leased_until_ms
+            if not keep_going():
+                return False
+            now_ms = self._now_ms()
+            if leased_until_ms - now_ms > _RENEWED_BEFORE_MS:
+                return True
+            try:
+                if not self._jobs.renew(moved, now_ms + _LEASE_MS):
+                    return False
+            except Unavailable:  # hours of training are not given up for a database that restarts
+                return now_ms < leased_until_ms
+            leased_until_ms = now_ms + _LEASE_MS
+            return True
+
+        rows = self._export(job, champion, folder / EXPORT_FILE, still_mine)
         if not rows:
             raise TrainingFailed(
                 "no prediction of the last days has an outcome: there is nothing to train on"
@@ -210,9 +257,6 @@ class Healer:
             "version": version,
         }
 
-        def still_mine() -> bool:
-            return keep_going() and self._jobs.renew(moved, self._now_ms() + _LEASE_MS)
-
         self._trainer.train(fields, folder / LOG_FILE, still_mine)
         model = out / MODEL_FILE
         if not model.is_file():
@@ -220,9 +264,14 @@ class Healer:
         checking = self._jobs.move(
             moved, JobStatus.CHECKING, self._now_ms(), result={"sha256": _digest(model)}
         )
-        return None if checking is None else self._check(checking)
+        if checking is None:
+            return None
+        self._held = checking
+        return self._check(checking)
 
-    def _export(self, job: RetrainJob, champion: ModelVersion, path: Path) -> int:
+    def _export(
+        self, job: RetrainJob, champion: ModelVersion, path: Path, still_mine: Callable[[], bool]
+    ) -> int:
         """What the trainer gets; the predictions that are kept from it are left out."""
         written = 0
         with self._write_table(path, export_columns(champion.metadata)) as add_rows:
@@ -230,12 +279,16 @@ class Healer:
                 given = [row for row in page if not is_held_out(row["_prediction_id"])]
                 add_rows(given)
                 written += len(given)
+                if not still_mine():
+                    raise TrainingStopped("the healer stops")
         return written
 
-    def _rows(self, job: RetrainJob, champion: ModelVersion) -> Any:
+    def _rows(self, job: RetrainJob, champion: ModelVersion) -> Iterator[list[dict[str, Any]]]:
         since_ms = job.requested_at_ms - round(self._settings.days * 24 * 3_600_000)
         query = PredictionQuery(job.model_id, since_ms=since_ms)
-        return export_rows(self._log, query, champion.metadata, with_outcomes=True)
+        for page in export_rows(self._log, query, champion.metadata, with_outcomes=True):
+            # What the column cannot hold, such as several numbers, is no outcome to learn from.
+            yield [row for row in page if row[OUTCOME_COLUMN] is not None]
 
     # Checking, and what follows.
 
@@ -247,6 +300,8 @@ class Healer:
         held_out = self._held_out(job, champion)
         try:
             comparison = self._compare(model, contract, champion, held_out)
+        except Unavailable:
+            raise
         except PhoenixError as exc:
             raise Rejected(f"the model does not run over the predictions on record: {exc.message}") from exc
         if comparison is None:
@@ -271,6 +326,8 @@ class Healer:
                 actor=_ACTOR,
                 reference=self._reference(job),
             )
+        except Unavailable:
+            raise
         except PhoenixError as exc:
             raise Rejected(f"the model is not fit to be registered: {exc.message}") from exc
         result["routing"] = self._route(job.model_id, champion, version)
@@ -307,6 +364,8 @@ class Healer:
         old = score(old_engine, champion.metadata, columns)
         if len({str(result) for result in new.results}) == 1:
             raise Rejected(f"it answers {new.results[0]!r} to everything")
+        if unanswered := sum(not is_finite(result) for result in new.results):
+            raise Rejected(f"it answers no number to {unanswered} of {len(held_out)} predictions on record")
         outcomes = [row[OUTCOME_COLUMN] for row in held_out]
         return compare(champion.metadata.task, new.results, old.results, outcomes)
 
@@ -338,11 +397,17 @@ class Healer:
         policy = self._monitoring.settings(model_id).challenger_policy
         if policy == "none":
             return "none: it waits in staging"
-        wanted = _challenge(policy, champion.version, version.version)
+        alone, wanted = _alone(champion.version), _challenge(policy, champion.version, version.version)
         active = [one for one in self._registry.list_versions(model_id) if one.is_active]
-        current = self._registry.routings().get(model_id) or default_routing(active)
-        if current is not None and len(current.arms) > 1 and current != wanted:
+        stored = self._registry.routings().get(model_id)
+        current = stored or default_routing(active)
+        if current is None:
+            return f"unchanged: {champion.version} is active no more"
+        if current not in (alone, wanted):
             return f"unchanged: {current.strategy} of {', '.join(current.versions)} goes on"
+        if stored is None:
+            # Without a routing the best stage answers: beside a champion in dev that is the challenger in staging.
+            set_routing(self._registry, model_id, alone, actor=_ACTOR)
         activate(self._registry, self._artifacts, self._engines, model_id, version.version, actor=_ACTOR)
         set_routing(self._registry, model_id, wanted, actor=_ACTOR)
         return f"{wanted.strategy} beside {champion.version}"
@@ -350,8 +415,7 @@ class Healer:
     # A job's end, and its next attempt.
 
     def _again(self, job: RetrainJob, why: str) -> RetrainJob | None:
-        job = self._jobs.get(job.id)
-        if job.attempts >= self._settings.most_attempts:
+        if job.status is JobStatus.REQUESTED or job.attempts >= self._settings.most_attempts:
             return self._end(job, JobStatus.FAILED, why)
         pause_ms = _FIRST_PAUSE_MS << max(0, job.attempts - 1)
         now_ms = self._now_ms()
@@ -364,8 +428,13 @@ class Healer:
             log_tail=self._log_tail(job),
         )
 
+    def _give_back(self, job: RetrainJob, why: str) -> RetrainJob | None:
+        """As it was before: a stop of the healer is no attempt of the trainer's."""
+        return self._jobs.move(
+            self._held, JobStatus.REQUESTED, self._now_ms(), error=why, attempts=job.attempts
+        )
+
     def _end(self, job: RetrainJob, status: JobStatus, why: str) -> RetrainJob | None:
-        job = self._jobs.get(job.id)
         log.warning("%s is not retrained, job %s: %s", job.model_id, job.id, why)
         return self._jobs.move(job, status, self._now_ms(), error=why, log_tail=self._log_tail(job))
 
@@ -390,6 +459,10 @@ class Healer:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").replace("\0", "")
+
+
+def _alone(champion: str) -> Routing:
+    return Routing(Strategy.SINGLE, (Arm(champion),))
 
 
 def _challenge(policy: str, champion: str, challenger: str) -> Routing:

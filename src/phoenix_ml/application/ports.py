@@ -665,3 +665,7 @@ class RetrainJobs(Protocol):
 
 class TrainingFailed(Exception):
     """A trainer did not come to a good end; another attempt may."""
+
+
+class TrainingStopped(TrainingFailed):
+    """It was ended because its healer stops, or has lost the job: no fault of the trainer's."""

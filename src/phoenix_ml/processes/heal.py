@@ -8,7 +8,7 @@ import threading
 import time
 
 from phoenix_ml.bootstrap import Phoenix
-from phoenix_ml.domain.errors import DatabaseUnavailable, Misconfigured
+from phoenix_ml.domain.errors import Misconfigured, Unavailable
 from phoenix_ml.domain.healing import JobStatus
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.tables import read_columns, write_table
@@ -67,7 +67,7 @@ class HealRole:
                 job = None if healer is None else healer.step(keep_going)
                 self._tell()
                 backoff_s = _PAUSE_S
-            except DatabaseUnavailable as exc:
+            except Unavailable as exc:
                 if time.monotonic() - self._complained_at > _COMPLAIN_EVERY_S:
                     self._complained_at = time.monotonic()
                     log.warning("healing waits: %s", exc.message)

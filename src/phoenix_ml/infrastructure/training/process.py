@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from phoenix_ml.application.ports import TrainingFailed
+from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
 from phoenix_ml.domain.errors import Misconfigured
 
 _LOOK_EVERY_S = 0.2
 _TERM_PATIENCE_S = 10.0
 _PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec, beside other threads, nothing may be imported.
+_LIBC = ctypes.CDLL(None)
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 FIELDS = ("export", "out", "model", "version")
 
@@ -63,26 +65,39 @@ class ProcessTrainer:
                 )
             except OSError as exc:
                 raise TrainingFailed(f"{words[0]} cannot be started: {exc.strerror}") from exc
+            watcher = _watch_over(process.pid)
             try:
                 while process.poll() is None:
                     if time.monotonic() > give_up_at:
                         raise TrainingFailed(f"it took longer than the {self._limit_s:g} s that it has")
                     if not keep_going():
-                        raise TrainingFailed("the healer stops")
+                        raise TrainingStopped("the healer stops")
                     if log_path.stat().st_size > LOG_LIMIT_BYTES:
                         raise TrainingFailed(f"it has written more than {LOG_LIMIT_BYTES} bytes of output")
                     with_patience(process, _LOOK_EVERY_S)
             finally:
                 end_group(process)
+                watcher.kill()
+                watcher.communicate()
         if process.returncode:
             raise TrainingFailed(_describe_end(process.returncode))
 
     def _limit(self) -> None:
         """In the new process, before the command: it ends with its healer, and takes no more memory than it may."""
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # A trainer writes as large a file as it may write output.
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if self._memory_bytes is not None:
             resource.setrlimit(resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
+
+
+def _watch_over(group: int) -> "subprocess.Popen[bytes]":
+    """A process that kills the group when this one is gone: the death signal reaches the command alone, not what
+    it has started.
+    """
+    return subprocess.Popen(  # noqa: S603 - a program of our own, and a number
+        ["/bin/sh", "-c", 'read -r _; kill -s KILL -- "-$1"', "sh", str(group)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def with_patience(process: "subprocess.Popen[bytes]", seconds: float) -> None:
