@@ -5,13 +5,16 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench lock clean
+.PHONY: help demo demo-healing test check format bench lock clean
 
 help:  ## Show this.
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 demo: $(STAMPS)/demo  ## Train, serve, replay real applicants, report; serves on (EXIT=1 ends, PORT=8000).
 	@$(BIN)/phoenix-ml demo $(if $(EXIT),--exit) $(if $(PORT),--port $(PORT))
+
+demo-healing: $(STAMPS)/demo  ## Applicants change, the model suffers and is healed; a unit bug heals nothing (EXIT=1, PORT=…).
+	@$(BIN)/phoenix-ml demo --healing $(if $(EXIT),--exit) $(if $(PORT),--port $(PORT))
 
 test: $(STAMPS)/test  ## Everything, against real servers that it installs and starts itself.
 	@bash tests/support/install_servers.sh

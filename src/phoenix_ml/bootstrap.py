@@ -76,14 +76,15 @@ def bootstrap(settings: Settings) -> Phoenix:
     database = Database(settings.database_url)
     announcer = None if kafka is None else kafka.announcer()
     channels = channel_names(settings.alerts, settings.alerts_secret, has_kafka=kafka is not None)
+    retrain_channels = () if kafka is None else (KAFKA,)
     return Phoenix(
         settings,
         database,
         SqlRegistry(database) if announcer is None else SqlRegistry(database, announcer),
         SqlPredictionLog(database),
-        SqlMonitoring(database, channels, () if kafka is None else (KAFKA,)),
+        SqlMonitoring(database, channels, retrain_channels),
         SqlDeliveries(database),
-        SqlRetrainJobs(database),
+        SqlRetrainJobs(database, retrain_channels),
         open_artifacts(settings),
         open_engines(settings),
         kafka,

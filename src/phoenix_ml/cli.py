@@ -942,6 +942,11 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
     "--version", "model_version", help="Only this version; its features are the columns, else the champion's."
 )
 @click.option("--with-outcomes", is_flag=True, help="Only predictions whose outcome is known.")
+@click.option(
+    "--for-training",
+    is_flag=True,
+    help="Only what a trainer may see: outcomes known, less those kept for the comparison with the champion.",
+)
 @click.option("--since", type=click.DateTime(), help="From this time on (UTC).")
 @click.option("--until", type=click.DateTime(), help="Before this time (UTC).")
 @click.option(
@@ -959,6 +964,7 @@ def predictions_export(
     model_id: str,
     model_version: str | None,
     with_outcomes: bool,
+    for_training: bool,
     since: datetime | None,
     until: datetime | None,
     out: Path,
@@ -966,7 +972,7 @@ def predictions_export(
     as_json: bool,
 ) -> None:
     """Write what a model was asked, what it answered and what came of it into a table to train on."""
-    from phoenix_ml.application.export import export_columns, export_rows
+    from phoenix_ml.application.export import export_columns, export_rows, to_train_on
     from phoenix_ml.application.ports import PredictionQuery
     from phoenix_ml.application.reports import epoch_ms
     from phoenix_ml.infrastructure.tables import write_table
@@ -979,9 +985,10 @@ def predictions_export(
         query = PredictionQuery(model_id, model_version, since_ms=since_ms, until_ms=until_ms)
         task = progress.add_task("exporting", total=None)
         with write_table(out, export_columns(version.metadata)) as add_rows:
-            for rows in export_rows(
-                phoenix.prediction_log, query, version.metadata, with_outcomes=with_outcomes
+            for page in export_rows(
+                phoenix.prediction_log, query, version.metadata, with_outcomes=with_outcomes or for_training
             ):
+                rows = to_train_on(page) if for_training else page
                 add_rows(rows)
                 written += len(rows)
                 progress.update(task, description=f"exporting, {written:,} rows")
@@ -1206,16 +1213,11 @@ def drift_show(model_id: str, model_version: str | None, data: Path | None, as_j
 
 def watched_version(phoenix: Phoenix, model_id: str, model_version: str | None) -> ModelVersion:
     """The version asked for, else the one that answers first."""
-    from phoenix_ml.domain.routing import default_routing
+    from phoenix_ml.application.retraining import answering_version
 
     if model_version is not None:
         return phoenix.registry.get(model_id, model_version)
-    versions = phoenix.registry.list_versions(model_id)
-    active = [one for one in versions if one.is_active]
-    routing = phoenix.registry.routings().get(model_id) or default_routing(active)
-    arms = () if routing is None else routing.arms
-    champion = next((arm.version for arm in arms if arm.role is Role.CHAMPION), None)
-    return next((one for one in versions if one.version == champion), versions[-1])
+    return answering_version(phoenix.registry, model_id)
 
 
 def describe_rows(times_ms: Sequence[int], reference_rows: int) -> str:
@@ -1353,27 +1355,15 @@ def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bo
 def heal_run(model_id: str, data: Path | None, as_json: bool) -> None:
     """Ask for a retraining of the champion now, whatever the monitor thinks."""
     from phoenix_ml.application.reports import describe_job
-    from phoenix_ml.domain.healing import JobStatus, RetrainJob
-    from phoenix_ml.domain.ids import new_id
+    from phoenix_ml.application.retraining import ask_for_retraining
 
     with opened(data) as phoenix:
-        champion = watched_version(phoenix, model_id, None)
         now_ms = time.time_ns() // 1_000_000
-        job = RetrainJob(
-            new_id().replace("-", ""),
-            model_id,
-            champion.version,
-            f"asked for by {actor()}",
-            {},
-            JobStatus.REQUESTED,
-            now_ms,
-            now_ms,
-        )
-        phoenix.retrain_jobs.add(job)
+        job = ask_for_retraining(phoenix.registry, phoenix.retrain_jobs, model_id, actor(), now_ms)
     if as_json:
         show_json(describe_job(job))
         return
-    click.echo(f"{job.id} is asked for: {model_id} {champion.version}; heal status tells how it goes")
+    click.echo(f"{job.id} is asked for: {model_id} {job.model_version}; heal status tells how it goes")
 
 
 def set_paused(model_id: str, paused: bool, data: Path | None) -> None:

@@ -133,7 +133,12 @@ class Settings(BaseSettings):
 
     trainer: str = Field(
         "",
-        description="What trains a model again: `process:COMMAND` with `{export}`, `{out}`, `{model}` and `{version}`; empty: requests wait.",
+        description="What trains a model again: `process:COMMAND`, or a system outside: `webhook:`, `airflow:`, `kubeflow:` or `github:`; empty: requests wait.",
+    )
+    trainer_token: str = Field(
+        "",
+        repr=False,
+        description="What a trainer outside takes us by; of `webhook:`, what requests are signed with.",
     )
     trainer_limit_s: float = Field(3600.0, gt=0, description="Longest time that a training may take.")
     trainer_memory_mib: int = Field(

@@ -261,6 +261,7 @@ def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
         ("apprise+slack://topsecret", "", "does not understand"),
         ("apprise+nonsense://topsecret", "", "does not understand"),
         ("webhook+https://x.example", "not base64!", "PHOENIX_ALERTS_SECRET"),
+        ("webhook+https://x.example", "schlüssel", "PHOENIX_ALERTS_SECRET"),
     ],
 )
 def test_a_channel_that_cannot_be_is_refused_at_the_start(

@@ -13,7 +13,7 @@ import pytest
 from databases import empty
 from sample_events import AT_MS, COLUMNS, outcome, prediction
 
-from phoenix_ml.application.export import PAGE_ROWS, export_columns, export_rows
+from phoenix_ml.application.export import PAGE_ROWS, export_columns, export_rows, is_held_out, to_train_on
 from phoenix_ml.application.ports import PredictionQuery, RecordedEvent
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.events import Event
@@ -143,3 +143,18 @@ def test_an_export_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
         pass
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_to_train_on_leave_out_what_versions_are_compared_over(
+    log: SqlPredictionLog, tmp_path: Path
+) -> None:
+    """A model that has learned the answers by heart would win the comparison."""
+    made = [prediction() for _ in range(50)]
+    write(log, *made, *(outcome(one.id, 1) for one in made[:40]))
+
+    page = next(export_rows(log, PredictionQuery("risk"), METADATA, with_outcomes=True))
+
+    with_outcome = {one.id for one in made[:40]}
+    assert {row["_prediction_id"] for row in to_train_on(page)} == {
+        one for one in with_outcome if not is_held_out(one)
+    }

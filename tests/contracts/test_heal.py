@@ -1,6 +1,7 @@
 """From a request to a challenger, or to the reason why there is none, with real trainers over SQLite and PostgreSQL."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,13 +13,18 @@ import onnx_models
 import pytest
 from databases import empty
 from onnx import TensorProto, helper
+from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
+from receiver import receiving
 from sample_events import AT_MS, outcome, prediction
 
 from phoenix_ml.application.catalogue import Reference, Registration, activate, register
-from phoenix_ml.application.heal import Healer, HealerSettings, is_held_out
-from phoenix_ml.application.ports import RecordedEvent
+from phoenix_ml.application.export import is_held_out
+from phoenix_ml.application.heal import Healer, HealerSettings
+from phoenix_ml.application.monitoring import Monitor
+from phoenix_ml.application.ports import IncidentQuery, RecordedEvent, RemoteTrainer
+from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
 from phoenix_ml.bootstrap import Phoenix, bootstrap
-from phoenix_ml.domain.errors import ArtifactStoreUnavailable
+from phoenix_ml.domain.errors import ArtifactStoreUnavailable, JobConflict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.models import ModelVersion, Stage
@@ -94,6 +100,13 @@ def healer(phoenix: Phoenix, folder: Path, program: str, clock: Clock | None = N
     script.write_text(
         f"import os, shutil, sys\nhere, export, out = {str(folder)!r}, *sys.argv[1:]\n{program}\n"
     )
+    trainer = ProcessTrainer(f"{sys.executable} {script} {{export}} {{out}}", limit_s=60, memory_bytes=None)
+    return healer_with(phoenix, folder, trainer, clock)
+
+
+def healer_with(
+    phoenix: Phoenix, folder: Path, trainer: ProcessTrainer | RemoteTrainer | None, clock: Clock | None = None
+) -> Healer:
     return Healer(
         SqlRetrainJobs(phoenix.database),
         phoenix.monitoring,
@@ -101,7 +114,7 @@ def healer(phoenix: Phoenix, folder: Path, program: str, clock: Clock | None = N
         phoenix.artifacts,
         phoenix.engines,
         phoenix.prediction_log,
-        ProcessTrainer(f"{sys.executable} {script} {{export}} {{out}}", limit_s=60, memory_bytes=None),
+        trainer,
         HealerSettings(folder / "healing"),
         owner="healer-1",
         now_ms=clock or Clock(),
@@ -443,3 +456,169 @@ def test_a_reference_that_the_model_answers_with_nan_leaves_the_registry_readabl
     )
 
     assert [one.model_id for one in phoenix.registry.list_versions()] == ["other", "risk"]
+
+
+# Trainers outside.
+
+
+def hand_in(phoenix: Phoenix, folder: Path, model: bytes = RIGHT, **facts: Any) -> RetrainJob:
+    path = onnx_models.write(folder / "handed-in.onnx", model)
+    where = phoenix.registry, SqlRetrainJobs(phoenix.database), phoenix.artifacts
+    return accept_model(*where, "a" * 32, path, None, **{"now_ms": AT_MS} | facts)
+
+
+def test_a_model_that_is_trained_outside_is_checked_and_registered(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Whoever trains elsewhere is asked once, and what they hand in goes the same way as any other."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    with receiving() as outside:
+        trainer = open_remote_trainer(f"webhook:http://{outside.host}/train", "")
+        doctor = healer_with(phoenix, tmp_path, trainer, clock)
+        asked = doctor.step(lambda: True)
+        again = doctor.step(lambda: True)
+        hand_in(phoenix, tmp_path)
+        job = doctor.step(lambda: True)
+
+    assert asked is not None
+    assert (asked.status, asked.owner) == (JobStatus.TRAINING, "outside")
+    assert again is None
+    ((_, _, body),) = outside.calls
+    request = msgspec.json.decode(body)["data"]
+    assert (request["job_id"], request["model_id"], request["new_version"]) == ("a" * 32, "risk", "1.1.0")
+    assert job is not None
+    assert (job.status, job.new_version, job.error) == (JobStatus.REGISTERED, "1.1.0", None)
+    version = phoenix.registry.get("risk", "1.1.0")
+    assert version.metadata.baseline is not None
+    assert jobs.get("a" * 32) == job
+
+
+def test_a_healer_that_died_while_it_asked_asks_for_the_same_run(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The other side can tell that it has been asked, and trains once."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    with receiving() as outside:
+        trainer = open_remote_trainer(f"webhook:http://{outside.host}/train", "")
+        leased = jobs.lease("gone", clock.now_ms, clock.now_ms + 60_000)
+        assert leased is not None
+        moved = jobs.move(leased, JobStatus.TRAINING, clock.now_ms, attempts=1, new_version="1.1.0")
+        clock.now_ms += 60_000
+        job = healer_with(phoenix, tmp_path, trainer, clock).step(lambda: True)
+
+    assert moved is not None
+    assert job is not None
+    assert (job.status, job.owner, job.attempts) == (JobStatus.TRAINING, "outside", 1)
+    assert [headers["webhook-id"] for _, headers, _ in outside.calls] == ["a" * 32 + "-1"]
+
+
+def test_an_outside_trainer_that_says_nothing_is_asked_again_and_then_given_up(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A pipeline that is lost must not leave a job open for ever."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    with receiving() as outside:
+        trainer = open_remote_trainer(f"webhook:http://{outside.host}/train", "")
+        doctor = healer_with(phoenix, tmp_path, trainer, clock)
+        for _ in range(12):
+            doctor.step(lambda: True)
+            clock.now_ms += 3_600_000
+
+    job = jobs.get("a" * 32)
+    assert (job.status, job.error) == (JobStatus.FAILED, "no model came within 3600 s")
+    assert [headers["webhook-id"][-2:] for _, headers, _ in outside.calls] == ["-1", "-2", "-3"]
+
+
+def test_what_an_outside_trainer_says_of_its_failure_is_on_record(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Whoever looks after the model finds the reason in one place."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    with receiving() as outside:
+        trainer = open_remote_trainer(f"webhook:http://{outside.host}/train", "")
+        doctor = healer_with(phoenix, tmp_path, trainer, clock)
+        doctor.step(lambda: True)
+        accept_failure(jobs, "a" * 32, "the cluster is full", clock.now_ms)
+        job = doctor.step(lambda: True)
+
+    assert job is not None
+    assert (job.status, job.error) == (JobStatus.REQUESTED, "the trainer says: the cluster is full")
+
+
+def test_without_a_trainer_a_model_may_be_handed_in_by_whoever_heard_of_the_request(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """Some listen to Kafka, some are people."""
+    ask(phoenix)
+    doctor = healer_with(phoenix, tmp_path, None)
+
+    untouched = doctor.step(lambda: True)
+    hand_in(phoenix, tmp_path)
+    job = doctor.step(lambda: True)
+
+    assert untouched is None
+    assert job is not None
+    assert (job.status, job.new_version) == (JobStatus.REGISTERED, "1.1.0")
+
+
+def test_a_model_that_is_handed_in_twice_is_one(phoenix: Phoenix, tmp_path: Path) -> None:
+    """A pipeline that got no answer sends again."""
+    ask(phoenix)
+
+    first = hand_in(phoenix, tmp_path)
+    healer_with(phoenix, tmp_path, None).step(lambda: True)
+    second = hand_in(phoenix, tmp_path)
+
+    assert first.status is JobStatus.CHECKING
+    assert second.status is JobStatus.REGISTERED
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
+
+
+def test_another_model_for_a_job_that_has_ended_is_refused(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The second of two trainings must not slip in unchecked."""
+    ask(phoenix)
+    hand_in(phoenix, tmp_path)
+    healer_with(phoenix, tmp_path, None).step(lambda: True)
+
+    with pytest.raises(JobConflict, match="is registered and waits for nothing"):
+        hand_in(phoenix, tmp_path, WRONG)
+
+
+def test_a_person_asks_for_a_retraining_of_the_champion(phoenix: Phoenix) -> None:
+    """Whatever the monitor thinks; who it was stands in the job."""
+    jobs = SqlRetrainJobs(phoenix.database)
+
+    job = ask_for_retraining(phoenix.registry, jobs, "risk", "ann", AT_MS)
+
+    assert (job.model_version, job.reason, job.status) == ("1.0.0", "asked for by ann", JobStatus.REQUESTED)
+    assert jobs.get(job.id) == job
+
+
+# What people are told.
+
+
+def test_a_retraining_that_comes_to_nothing_is_an_incident_until_one_succeeds(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A model that suffers and cannot be healed needs a person."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    clock.now_ms = time.time_ns() // 1_000_000
+    healer(phoenix, tmp_path, TAKES % "wrong", clock).step(lambda: True)
+    monitor = Monitor(phoenix.monitoring, phoenix.registry, phoenix.artifacts, group_ms=0, now_ms=clock)
+
+    monitor.step()
+    monitor.step()
+    (failed,), _ = phoenix.monitoring.incidents(IncidentQuery("risk"))
+    jobs.add(RetrainJob("b" * 32, "risk", "1.0.0", "drift", {}, JobStatus.REQUESTED, AT_MS, AT_MS))
+    clock.now_ms += 60_000
+    healer(phoenix, tmp_path, TAKES % "right", clock).step(lambda: True)
+    monitor.step()
+    (ended,), _ = phoenix.monitoring.incidents(IncidentQuery("risk"))
+
+    assert (failed.cause, failed.status) == ("retraining", "open")
+    assert "it is worse than 1.0.0: 6 against 2.75" in failed.summary
+    assert (ended.id, ended.status, ended.resolution) == (failed.id, "resolved", "1.1.0 is registered")
+    told, _ = phoenix.monitoring.alerts("risk", 10, None)
+    assert [one.title.partition(": ")[2] for one in reversed(told)] == [
+        failed.summary,
+        "1.1.0 is trained and registered: compare it, and promote it or not (+1)",
+    ]

@@ -11,7 +11,7 @@ from databases import empty
 from sample_events import AT_MS
 
 from phoenix_ml.application.ports import JobQuery
-from phoenix_ml.domain.errors import JobUnknown, StageConflict
+from phoenix_ml.domain.errors import JobConflict, JobUnknown
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
@@ -116,7 +116,7 @@ def test_a_step_is_stored_with_its_facts_and_an_end_frees_the_job(jobs: SqlRetra
 def test_a_step_that_a_job_cannot_take_is_refused(jobs: SqlRetrainJobs) -> None:
     """A job that has ended stays as it ended."""
     jobs.add(job(status=JobStatus.REGISTERED))
-    with pytest.raises(StageConflict, match="registered cannot become training"):
+    with pytest.raises(JobConflict, match="registered cannot become training"):
         jobs.move(jobs.get("a"), JobStatus.TRAINING, AT_MS)
 
 

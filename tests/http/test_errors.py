@@ -83,6 +83,8 @@ ELSEWHERE = {
     "headers_too_large": (431, "test_connections.py"),
     "incident_unknown": (404, "test_monitoring.py"),
     "incident_resolved": (409, "test_monitoring.py"),
+    "job_unknown": (404, "test_retraining.py"),
+    "job_conflict": (409, "test_retraining.py"),
 }
 # The first four are said by the command line; the last is a defect, which no request brings about at will.
 NEVER_ANSWERED = {

@@ -1,38 +1,73 @@
-"""A web server that stands for whoever receives webhooks."""
+"""A web server that stands for whoever is called over HTTP: receivers of webhooks, trainers."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from servers import HOST
 
 
+class Request(NamedTuple):
+    """What the server was sent; ``path`` is with its query."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
 class Received(ThreadingHTTPServer):
-    """A web server that keeps what it was sent and answers with ``status``."""
+    """A web server that keeps what it was sent.
+
+    It answers with what ``answers`` has for the method and the path without its query, a status and JSON, else
+    with ``status``.
+    """
 
     status = 200
 
     def __init__(self) -> None:
         super().__init__((HOST, 0), _Handler)
-        self.calls: list[tuple[str, dict[str, str], bytes]] = []
+        self.requests: list[Request] = []
+        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
 
     @property
     def host(self) -> str:
         return f"{HOST}:{self.server_port}"
 
+    @property
+    def calls(self) -> list[tuple[str, dict[str, str], bytes]]:
+        return [(one.path, one.headers, one.body) for one in self.requests]
+
 
 class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._answer()
+
     def do_POST(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
         assert isinstance(self.server, Received)
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.calls.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-        self.send_response(self.server.status)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        self.server.requests.append(Request(self.command, self.path, headers, body))
+        place = (self.command, urlsplit(self.path).path)
+        status, answer = self.server.answers.get(place, (self.server.status, None))
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("location", "/elsewhere")
+        if answer is not None:
+            self.send_header("content-type", "application/json")
         self.end_headers()
+        if answer is not None:
+            self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: Any) -> None:
-        """The test looks at the calls."""
+        """The test looks at the requests."""
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from phoenix_ml.domain.incidents import Alert, Incident, IncidentKind, IncidentS
 
 # So many checks in a row must see nothing before an incident is over: one quiet batch may be chance.
 QUIET_CHECKS = 2
-# Those that the monitor opens; of retraining others tell.
-WATCHED_KINDS = (IncidentKind.DRIFT, IncidentKind.SCHEMA, IncidentKind.QUALITY)
 _MOST_LINES = 20
 
 
@@ -43,7 +41,7 @@ class Casebook:
         self.opened: dict[str, Incident] = {}
         self.changed: dict[str, Incident] = {}
         self._model_id = model_id
-        self._open = {(one.model_version, one.cause): one for one in unresolved if one.kind in WATCHED_KINDS}
+        self._open = {(one.model_version, one.cause): one for one in unresolved}
 
     def unresolved(self, version: str, kind: IncidentKind | None = None) -> dict[str, Incident]:
         """The version's incidents by cause."""

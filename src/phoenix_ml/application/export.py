@@ -1,6 +1,7 @@
 """What a model was asked and what came of it, as a table to train on."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -12,6 +13,8 @@ from phoenix_ml.domain.models import Metadata, Task
 from phoenix_ml.domain.routing import Role
 
 PAGE_ROWS = 1000
+# Of the predictions with outcomes one in five is kept from trainers: versions are compared over these.
+_HELD_OUT_OF = 5
 # Beside the features, whose names come from elsewhere: as in reports, what is the platform's own begins with "_".
 OWN_COLUMNS = {
     "_prediction_id": FeatureType.STRING,
@@ -49,6 +52,25 @@ def export_rows(
         ]
         if cursor is None:
             return
+
+
+def is_held_out(prediction_id: str) -> bool:
+    """One prediction in five, always the same ones.
+
+    >>> sum(is_held_out(str(i)) for i in range(1000))
+    201
+    """
+    return hashlib.blake2b(prediction_id.encode(), digest_size=2).digest()[0] % _HELD_OUT_OF == 0
+
+
+def to_train_on(page: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an export to learn from: those with an outcome, less those that are kept for a comparison."""
+    return [
+        row
+        for row in page
+        # What the column cannot hold, such as several numbers, is no outcome to learn from.
+        if row[OUTCOME_COLUMN] is not None and not is_held_out(row["_prediction_id"])
+    ]
 
 
 def _describe(row: LoggedPrediction, metadata: Metadata, answers: FeatureType) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ from phoenix_ml.application.export import (
     TIME_COLUMN,
     export_columns,
     export_rows,
+    is_held_out,
+    to_train_on,
 )
 from phoenix_ml.application.ports import (
     ArtifactStore,
@@ -31,15 +33,17 @@ from phoenix_ml.application.ports import (
     PredictionLog,
     PredictionQuery,
     Registry,
+    RemoteTrainer,
     RetrainJobs,
     TrainingFailed,
+    TrainingRequest,
     TrainingStopped,
 )
 from phoenix_ml.application.statistics.quality import losses
 from phoenix_ml.domain.errors import PhoenixError, Unavailable
 from phoenix_ml.domain.features import FeatureContract, FeatureRule
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
-from phoenix_ml.domain.models import ModelVersion, Stage, Task, version_precedence
+from phoenix_ml.domain.models import ModelVersion, Stage, Task, next_version
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 from phoenix_ml.domain.rows import Outputs
 
@@ -50,8 +54,6 @@ MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
     "export.parquet",
     "trainer.log",
 )
-# Of the predictions with outcomes one in five is kept from the trainer: the versions are compared over these.
-_HELD_OUT_OF = 5
 FEWEST_HELD_OUT = 50
 # The newest: with many of the world as it was, the champion that suffers now would win.
 _MOST_COMPARED = 500
@@ -62,6 +64,7 @@ _ACTOR = "healer"
 _LOG_TAIL_BYTES = 8192
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """Makes a model of an export."""
 
@@ -71,10 +74,13 @@ class Trainer(Protocol):
 
 
 class HealerSettings(Struct, frozen=True):
-    """``folder`` holds what jobs leave; ``days`` is how far an export goes back."""
+    """``folder`` holds what jobs leave; ``days`` is how far an export goes back; ``limit_s`` is how long an outside
+    trainer may take.
+    """
 
     folder: Path
     days: float = 90.0
+    limit_s: float = 3600.0
     most_attempts: int = 3
 
 
@@ -96,26 +102,6 @@ class Comparison(Struct, frozen=True):
 
 class Rejected(Exception):
     """The trainer's model is no candidate; another attempt would make the same."""
-
-
-def is_held_out(prediction_id: str) -> bool:
-    """One prediction in five, always the same ones.
-
-    >>> sum(is_held_out(str(i)) for i in range(1000))
-    201
-    """
-    return hashlib.blake2b(prediction_id.encode(), digest_size=2).digest()[0] % _HELD_OUT_OF == 0
-
-
-def next_version(versions: Sequence[str]) -> str:
-    """The next minor version after the highest.
-
-    >>> next_version(["1.0.0", "1.10.3", "1.9.0"])
-    '1.11.0'
-    """
-    highest = max(versions, key=version_precedence)
-    major, minor, _ = highest.partition("-")[0].partition("+")[0].split(".")
-    return f"{major}.{int(minor) + 1}.0"
 
 
 def compare(
@@ -158,7 +144,7 @@ class Healer:
         artifacts: ArtifactStore,
         engines: Engines,
         prediction_log: PredictionLog,
-        trainer: Trainer,
+        trainer: Trainer | RemoteTrainer | None,
         settings: HealerSettings,
         *,
         owner: str,
@@ -187,7 +173,9 @@ class Healer:
         Raises Unavailable; the job is taken up again once its lease is over.
         """
         now_ms = self._now_ms()
-        job = self._jobs.lease(self._owner, now_ms, now_ms + _LEASE_MS)
+        job = self._jobs.lease(
+            self._owner, now_ms, now_ms + _LEASE_MS, takes_requests=self._trainer is not None
+        )
         if job is None:
             return None
         self._held = job
@@ -207,9 +195,16 @@ class Healer:
     def _take_up(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
         if job.status is JobStatus.REQUESTED:
             return self._train(job, keep_going)
-        # A healer that is gone had it.
-        if job.status is JobStatus.CHECKING and self._model_of(job) is not None:
-            return self._check(job)
+        result = job.result or {}
+        if job.status is JobStatus.CHECKING:
+            if "error" in result:
+                return self._again(job, f"the trainer says: {result['error']}")
+            if self._model_of(job) is not None:
+                return self._check(job)
+        elif not isinstance(self._trainer, Trainer):
+            if "asked" in result:
+                return self._again(job, f"no model came within {self._settings.limit_s:g} s")
+            return self._ask(job)  # again, perhaps: the run id tells the other side
         return self._again(job, "the healer that had it is gone")
 
     # Training.
@@ -218,11 +213,19 @@ class Healer:
         champion = self._champion(job)
         version = next_version([one.version for one in self._registry.list_versions(job.model_id)])
         moved = self._jobs.move(
-            job, JobStatus.TRAINING, self._now_ms(), attempts=job.attempts + 1, new_version=version
+            job,
+            JobStatus.TRAINING,
+            self._now_ms(),
+            attempts=job.attempts + 1,
+            new_version=version,
+            result=None,
         )
         if moved is None:
             return None
         self._held = moved
+        trainer = self._trainer
+        if not isinstance(trainer, Trainer):
+            return self._ask(moved)
         folder = self._folder(job)
         shutil.rmtree(folder, ignore_errors=True)
         out = folder / "out"
@@ -257,7 +260,7 @@ class Healer:
             "version": version,
         }
 
-        self._trainer.train(fields, folder / LOG_FILE, still_mine)
+        trainer.train(fields, folder / LOG_FILE, still_mine)
         model = out / MODEL_FILE
         if not model.is_file():
             raise TrainingFailed(f"it ended well, and left no {MODEL_FILE} in {{out}}")
@@ -269,6 +272,24 @@ class Healer:
         self._held = checking
         return self._check(checking)
 
+    def _ask(self, job: RetrainJob) -> RetrainJob | None:
+        """The job as one that a system outside works on. Raises TrainingFailed."""
+        assert not isinstance(self._trainer, Trainer)
+        assert self._trainer is not None
+        request = TrainingRequest(
+            run_id=f"{job.id}-{job.attempts}",
+            job_id=job.id,
+            model_id=job.model_id,
+            model_version=job.model_version,
+            new_version=str(job.new_version),
+            reason=job.reason,
+            evidence=job.evidence,
+            since_ms=self._since_ms(job),
+        )
+        self._trainer.ask(request)
+        until_ms = self._now_ms() + round(self._settings.limit_s * 1000)
+        return self._jobs.hand_over(job, until_ms, request.run_id)
+
     def _export(
         self, job: RetrainJob, champion: ModelVersion, path: Path, still_mine: Callable[[], bool]
     ) -> int:
@@ -276,7 +297,7 @@ class Healer:
         written = 0
         with self._write_table(path, export_columns(champion.metadata)) as add_rows:
             for page in self._rows(job, champion):
-                given = [row for row in page if not is_held_out(row["_prediction_id"])]
+                given = to_train_on(page)
                 add_rows(given)
                 written += len(given)
                 if not still_mine():
@@ -284,11 +305,11 @@ class Healer:
         return written
 
     def _rows(self, job: RetrainJob, champion: ModelVersion) -> Iterator[list[dict[str, Any]]]:
-        since_ms = job.requested_at_ms - round(self._settings.days * 24 * 3_600_000)
-        query = PredictionQuery(job.model_id, since_ms=since_ms)
-        for page in export_rows(self._log, query, champion.metadata, with_outcomes=True):
-            # What the column cannot hold, such as several numbers, is no outcome to learn from.
-            yield [row for row in page if row[OUTCOME_COLUMN] is not None]
+        query = PredictionQuery(job.model_id, since_ms=self._since_ms(job))
+        return export_rows(self._log, query, champion.metadata, with_outcomes=True)
+
+    def _since_ms(self, job: RetrainJob) -> int:
+        return job.requested_at_ms - round(self._settings.days * 24 * 3_600_000)
 
     # Checking, and what follows.
 
@@ -296,7 +317,7 @@ class Healer:
         """Registers the model where it is fit to be a challenger. Raises Rejected."""
         champion, model = self._champion(job), self._model_of(job)
         assert model is not None
-        contract = self._contract(model, champion)
+        contract = self._contract(job, model, champion)
         held_out = self._held_out(job, champion)
         try:
             comparison = self._compare(model, contract, champion, held_out)
@@ -324,7 +345,7 @@ class Healer:
                     job.model_id, str(job.new_version), Stage.STAGING, contract, champion.metadata.task
                 ),
                 actor=_ACTOR,
-                reference=self._reference(job),
+                reference=self._reference(job, champion),
             )
         except Unavailable:
             raise
@@ -373,13 +394,17 @@ class Healer:
         """The newest predictions with outcomes that the trainer has not had."""
         found: list[dict[str, Any]] = []
         for page in self._rows(job, champion):
-            found += [row for row in page if is_held_out(row["_prediction_id"])]
+            found += [
+                row for row in page if row[OUTCOME_COLUMN] is not None and is_held_out(row["_prediction_id"])
+            ]
             if len(found) >= _MOST_COMPARED:
                 break
         return found[:_MOST_COMPARED]
 
-    def _contract(self, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
+    def _contract(self, job: RetrainJob, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
         """What the trainer says of its features, or those of the champion."""
+        if features := (job.result or {}).get("features"):
+            return msgspec.convert(features, dict[str, FeatureRule])
         said = model.with_name(CONTRACT_FILE)
         if not said.is_file():
             return dict(champion.metadata.contract)
@@ -388,8 +413,12 @@ class Healer:
         except msgspec.DecodeError as exc:
             raise Rejected(f"{CONTRACT_FILE} is no feature contract: {exc}") from exc
 
-    def _reference(self, job: RetrainJob) -> Reference:
-        columns = self._read_columns(self._folder(job) / EXPORT_FILE)
+    def _reference(self, job: RetrainJob, champion: ModelVersion) -> Reference:
+        path = self._folder(job) / EXPORT_FILE
+        if not path.is_file():  # trained outside
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._export(job, champion, path, lambda: True)
+        columns = self._read_columns(path)
         return Reference(columns, TIME_COLUMN, OUTCOME_COLUMN)
 
     def _route(self, model_id: str, champion: ModelVersion, version: ModelVersion) -> str:
@@ -448,8 +477,11 @@ class Healer:
 
     def _model_of(self, job: RetrainJob) -> Path | None:
         """The trainer's model, if it is still as it was when training ended."""
+        result = job.result or {}
+        wanted = result.get("sha256")
+        if "uri" in result:  # handed in
+            return self._artifacts.fetch(result["uri"], result["sha256"])
         model = self._folder(job) / "out" / MODEL_FILE
-        wanted = (job.result or {}).get("sha256")
         return model if model.is_file() and _digest(model) == wanted else None
 
     def _log_tail(self, job: RetrainJob) -> str:

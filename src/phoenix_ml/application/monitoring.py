@@ -20,6 +20,7 @@ from phoenix_ml.application.casebook import Casebook, CaseState
 from phoenix_ml.application.ports import (
     ArtifactStore,
     CountedBatch,
+    EndedJob,
     IncidentQuery,
     LogPosition,
     Monitoring,
@@ -112,6 +113,7 @@ class ModelState(Struct):
 
     versions: dict[str, VersionState] = {}
     cases: CaseState = msgspec.field(default_factory=CaseState)
+    told_job_id: str | None = None
 
 
 class Figures(Struct, frozen=True):
@@ -318,7 +320,9 @@ class Monitor:
         watch = self._watches.get(model_id)
         if watch is None:
             # Its state may hold an alert that waits, or incidents of a version that answers no more.
-            return standing.position.seq > 0
+            return standing.position.seq > 0 or standing.ended_job is not None
+        if _is_news(watch.state, standing.ended_job):
+            return True
         is_left = any(self._has_left(watch, version) for version in watch.cases.versions)
         return is_left or watch.cases.is_alert_due(now_ms, self._group_ms)
 
@@ -405,6 +409,7 @@ class Monitor:
         self._watches.pop(model_id, None)
         watch.settings = self._monitoring.settings(model_id)
         watch.champion = self._champions.get(model_id)
+        self._see_job(watch, standing.ended_job, now_ms)
         self._end_left(watch, now_ms)
         by_version = _by_version(rows)
         for version, of_version in by_version.items():
@@ -734,6 +739,23 @@ class Monitor:
         state.fresh_outcomes = 0
         watch.cases.tell(version, Severity.CRITICAL, f"retraining was asked for: {reason}")
 
+    def _see_job(self, watch: _Watch, job: EndedJob | None, now_ms: int) -> None:
+        """A retraining that came to nothing is an incident, until one comes to something or the version is gone."""
+        if job is None or not _is_news(watch.state, job):
+            return
+        watch.state.told_job_id = job.id
+        version = job.model_version
+        if job.status is JobStatus.REGISTERED:
+            text = f"{job.new_version} is trained and registered: compare it, and promote it or not"
+            watch.cases.tell(version, Severity.WARNING, text)
+            if (known := watch.cases.unresolved(version).get("retraining")) is not None:
+                watch.cases.resolve(known, f"{job.new_version} is registered", now_ms)
+            return
+        severity = Severity.CRITICAL if job.status is JobStatus.FAILED else Severity.WARNING
+        summary = f"the retraining came to nothing ({job.status}): {job.error}"
+        evidence = {"job_id": job.id, "status": job.status}
+        watch.cases.saw(version, IncidentKind.RETRAINING, "retraining", severity, summary, evidence, now_ms)
+
     # Reports.
 
     def _describe(
@@ -861,6 +883,10 @@ def _outputs(rows: "Sequence[WatchedPrediction] | Sequence[Judged]") -> Outputs:
         None if None in confidences else [one for one in confidences if one is not None],
         None if None in probabilities else [one for one in probabilities if one is not None],
     )
+
+
+def _is_news(state: ModelState, job: EndedJob | None) -> bool:
+    return job is not None and job.id != state.told_job_id
 
 
 def _by_version(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -412,11 +412,24 @@ class WatchedOutcome(Struct, frozen=True, gc=False):
     created_at_ms: int
 
 
+class EndedJob(Struct, frozen=True):
+    """The end of a retrain job, for whoever tells people of it."""
+
+    id: str
+    model_id: str
+    model_version: str
+    status: JobStatus
+    new_version: str | None
+    error: str | None
+    updated_at: int
+
+
 class Standing(Struct, frozen=True):
-    """Where a model's monitor stands, and when somebody asked for a report at once."""
+    """Where a model's monitor stands, when somebody asked for a report at once, and the retrain job that ended last."""
 
     position: LogPosition
     check_requested_at_ms: int | None = None
+    ended_job: EndedJob | None = None
 
 
 class CountedBatch(Struct, frozen=True):
@@ -643,18 +656,27 @@ class RetrainJobs(Protocol):
         """The latest requested first."""
         ...
 
-    def lease(self, owner: str, now_ms: int, until_ms: int) -> RetrainJob | None:
-        """The oldest job that waits, or that a healer which is gone had in hand; None where there is none."""
+    def lease(
+        self, owner: str, now_ms: int, until_ms: int, *, takes_requests: bool = True
+    ) -> RetrainJob | None:
+        """The oldest job that waits, or that a healer which is gone had in hand; None where there is none.
+
+        Without ``takes_requests`` it is one with a model that was handed in.
+        """
         ...
 
     def renew(self, job: RetrainJob, until_ms: int) -> bool:
         """False when the job is somebody else's by now: then it must be left alone."""
         ...
 
+    def hand_over(self, job: RetrainJob, until_ms: int, run_id: str) -> RetrainJob | None:
+        """The job as one that a system outside works on; None when it is somebody else's by now."""
+        ...
+
     def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
         """The job after the step, with these facts; None when it is somebody else's by now.
 
-        Raises StageConflict for a step that a job cannot take.
+        Raises JobConflict for a step that a job cannot take.
         """
         ...
 
@@ -669,3 +691,28 @@ class TrainingFailed(Exception):
 
 class TrainingStopped(TrainingFailed):
     """It was ended because its healer stops, or has lost the job: no fault of the trainer's."""
+
+
+class TrainingRequest(Struct, frozen=True):
+    """What an outside trainer is asked: ``run_id`` is the same whenever the same attempt is asked for again, and
+    ``since_ms`` how far back its training data should go.
+    """
+
+    run_id: str
+    job_id: str
+    model_id: str
+    model_version: str
+    new_version: str
+    reason: str
+    evidence: dict[str, Any]
+    since_ms: int
+
+
+class RemoteTrainer(Protocol):
+    """A system outside that trains models, and hands them in when it is done."""
+
+    def ask(self, request: TrainingRequest) -> None:
+        """Asks for a training, which goes on by itself; asked twice with one run id it is one training where the
+        other side can tell. Raises TrainingFailed.
+        """
+        ...

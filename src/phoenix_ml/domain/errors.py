@@ -26,6 +26,7 @@ PhoenixError
 │   ├── VersionConflict           version_conflict         the version exists with other bytes
 │   ├── VersionInactive           version_inactive         registered, but not serving
 │   ├── StageConflict             stage_conflict           not a legal promotion
+│   ├── JobConflict               job_conflict             the retrain job cannot take this step
 │   ├── NoBaseline                no_baseline              nothing to compare with
 │   ├── IncidentResolved          incident_resolved        it has ended already
 │   └── RoutingConflict           routing_conflict         a version that the routing still names
@@ -154,6 +155,10 @@ class VersionInactive(Conflict):
 
 class StageConflict(Conflict):
     code = "stage_conflict"
+
+
+class JobConflict(Conflict):
+    code = "job_conflict"
 
 
 class RoutingConflict(Conflict):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from phoenix_ml.domain.errors import StageConflict
+from phoenix_ml.domain.errors import JobConflict
 
 
 class JobStatus(StrEnum):
@@ -21,9 +21,12 @@ class JobStatus(StrEnum):
     FAILED = "failed"
 
 
+# Who owns a job while a system outside trains its model.
+OUTSIDE: Final = "outside"
 ENDED: Final = frozenset({JobStatus.REGISTERED, JobStatus.REJECTED, JobStatus.FAILED})
 _NEXT: Final = {
-    JobStatus.REQUESTED: {JobStatus.TRAINING, JobStatus.FAILED},
+    # To checking: whoever heard of the request elsewhere, such as in Kafka, has handed in a model.
+    JobStatus.REQUESTED: {JobStatus.TRAINING, JobStatus.CHECKING, JobStatus.FAILED},
     # Back to requested: what failed is tried again, and what a killed healer left is taken up again.
     JobStatus.TRAINING: {JobStatus.REQUESTED, JobStatus.CHECKING, JobStatus.FAILED},
     JobStatus.CHECKING: {JobStatus.REQUESTED, JobStatus.REGISTERED, JobStatus.REJECTED, JobStatus.FAILED},
@@ -56,9 +59,9 @@ class RetrainJob(Struct, frozen=True):
 
 
 def check_step(current: JobStatus, wanted: JobStatus) -> None:
-    """Raises StageConflict for a step that a job cannot take."""
+    """Raises JobConflict for a step that a job cannot take."""
     if wanted not in _NEXT.get(current, set()):
-        raise StageConflict(
+        raise JobConflict(
             f"a retrain job that is {current} cannot become {wanted}", current=current, wanted=wanted
         )
 

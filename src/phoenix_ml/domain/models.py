@@ -56,6 +56,16 @@ def version_precedence(version: str) -> tuple[Any, ...]:
     return int(major), int(minor), int(patch), prerelease is None, parts
 
 
+def next_version(versions: Sequence[str]) -> str:
+    """The next minor version after the highest.
+
+    >>> next_version(["1.0.0", "1.10.3", "1.9.0"])
+    '1.11.0'
+    """
+    major, minor, *_ = version_precedence(max(versions, key=version_precedence))
+    return f"{major}.{minor + 1}.0"
+
+
 class Stage(StrEnum):
     DEV = "dev"
     STAGING = "staging"

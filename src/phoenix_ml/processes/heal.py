@@ -7,14 +7,16 @@ import socket
 import threading
 import time
 
+from phoenix_ml.application.ports import RemoteTrainer
 from phoenix_ml.bootstrap import Phoenix
-from phoenix_ml.domain.errors import Misconfigured, Unavailable
+from phoenix_ml.domain.errors import Unavailable
 from phoenix_ml.domain.healing import JobStatus
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.tables import read_columns, write_table
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 from phoenix_ml.infrastructure.training.process import ProcessTrainer
+from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
 from phoenix_ml.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,22 +42,22 @@ class HealRole:
         from phoenix_ml.application.heal import Healer, HealerSettings
 
         phoenix, settings = self._phoenix, self._phoenix.settings
-        healer = None
-        if self._trainer is not None:
-            healer = Healer(
-                phoenix.retrain_jobs,
-                phoenix.monitoring,
-                phoenix.registry,
-                phoenix.artifacts,
-                phoenix.engines,
-                phoenix.prediction_log,
-                self._trainer,
-                HealerSettings(settings.data / "healing", settings.trainer_days),
-                owner=f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}",
-                now_ms=lambda: time.time_ns() // 1_000_000,
-                write_table=write_table,
-                read_columns=read_columns,
-            )
+        healer = Healer(
+            phoenix.retrain_jobs,
+            phoenix.monitoring,
+            phoenix.registry,
+            phoenix.artifacts,
+            phoenix.engines,
+            phoenix.prediction_log,
+            self._trainer,
+            HealerSettings(
+                settings.data / "healing", settings.trainer_days, limit_s=settings.trainer_limit_s
+            ),
+            owner=f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}",
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            write_table=write_table,
+            read_columns=read_columns,
+        )
 
         def keep_going() -> bool:
             self._heartbeat.set(time.time())
@@ -64,7 +66,7 @@ class HealRole:
         backoff_s = _PAUSE_S
         while not stopping.is_set():
             try:
-                job = None if healer is None else healer.step(keep_going)
+                job = healer.step(keep_going)
                 self._tell()
                 backoff_s = _PAUSE_S
             except Unavailable as exc:
@@ -86,14 +88,12 @@ class HealRole:
         self._heartbeat.set(time.time())
 
 
-def open_trainer(settings: Settings) -> ProcessTrainer | None:
+def open_trainer(settings: Settings) -> ProcessTrainer | RemoteTrainer | None:
     """The trainer that the settings name; None where they name none. Raises Misconfigured."""
     if not settings.trainer:
         return None
     kind, _, rest = settings.trainer.partition(":")
     if kind != "process":
-        raise Misconfigured(
-            f"PHOENIX_TRAINER: {kind}: is no trainer: write process:COMMAND", setting="PHOENIX_TRAINER"
-        )
+        return open_remote_trainer(settings.trainer, settings.trainer_token)
     memory = settings.trainer_memory_mib * 1024 * 1024
     return ProcessTrainer(rest.strip(), limit_s=settings.trainer_limit_s, memory_bytes=memory or None)

@@ -1,7 +1,6 @@
 """Ways to tell people, each named by a URL: the log, signed webhooks, everything that Apprise knows, Kafka."""
 
 import base64
-import binascii
 import functools
 import hashlib
 import hmac
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 KAFKA = "kafka"
 _TIMEOUT_S = 10.0
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - as the standard writes secrets
+_SECRET_SETTING = "PHOENIX_ALERTS_SECRET"  # noqa: S105 - its name
 
 
 def channel_names(urls: str, secret: str, *, has_kafka: bool) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def channel_names(urls: str, secret: str, *, has_kafka: bool) -> tuple[str, ...]
 
     Raises Misconfigured for a URL that is no channel, and for a secret that is none.
     """
-    _signing_key(secret)
+    signing_key(secret, _SECRET_SETTING)
     # A channel twice would be one row twice in the monitor's commit.
     names = list(dict.fromkeys(_name(url) for url in _split(urls)))
     return (*names, KAFKA) if has_kafka else tuple(names)
@@ -115,20 +115,13 @@ class WebhookChannel:
         import httpx
 
         self._url = url
-        self._key = _signing_key(secret)
+        self._key = signing_key(secret, _SECRET_SETTING)
         self._client = httpx.Client(timeout=timeout_s)
         self._errors = (httpx.HTTPError, httpx.InvalidURL)
 
     def tell(self, delivery: Delivery) -> None:
         body = msgspec.json.encode(describe_delivery(delivery))
-        at_s = int(time.time())
-        headers = {
-            "content-type": "application/json",
-            "webhook-id": delivery.id,
-            "webhook-timestamp": str(at_s),
-        }
-        if self._key:
-            headers["webhook-signature"] = sign(self._key, delivery.id, at_s, body)
+        headers = webhook_headers(self._key, delivery.id, body)
         try:
             response = self._client.post(self._url, content=body, headers=headers)
         except self._errors as exc:
@@ -140,21 +133,35 @@ class WebhookChannel:
         self._client.close()
 
 
+def webhook_headers(key: bytes, message_id: str, body: bytes) -> dict[str, str]:
+    """The headers of a webhook that is sent now; without a key it is not signed."""
+    at_s = int(time.time())
+    headers = {
+        "content-type": "application/json",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(at_s),
+    }
+    if key:
+        headers["webhook-signature"] = sign(key, message_id, at_s, body)
+    return headers
+
+
 def sign(key: bytes, message_id: str, at_s: int, body: bytes) -> str:
     """``v1,`` and base64 of HMAC-SHA256 over ``id.timestamp.body``."""
     digest = hmac.new(key, f"{message_id}.{at_s}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
-def _signing_key(secret: str) -> bytes:
+def signing_key(secret: str, setting: str) -> bytes:
+    """The key that the secret stands for, none for an empty one. Raises Misconfigured, naming the setting."""
     if not secret:
         return b""
     try:
         return base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
-    except binascii.Error as exc:
+    except ValueError as exc:  # binascii.Error, or another where the text is not ASCII
         raise Misconfigured(
-            "PHOENIX_ALERTS_SECRET: give base64, with whsec_ before it or not, as `openssl rand -base64 32` prints it",
-            setting="PHOENIX_ALERTS_SECRET",
+            f"{setting}: give base64, with whsec_ before it or not, as `openssl rand -base64 32` prints it",
+            setting=setting,
         ) from exc
 
 

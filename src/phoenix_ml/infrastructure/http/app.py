@@ -40,6 +40,7 @@ from phoenix_ml.infrastructure.http.models import model_routes
 from phoenix_ml.infrastructure.http.monitoring import monitoring_routes
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.records import record_routes
+from phoenix_ml.infrastructure.http.retraining import retraining_routes
 from phoenix_ml.infrastructure.http.routes import answer, describe_body
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT, SHIP_HEARTBEAT
 from phoenix_ml.infrastructure.telemetry.logs import request_id_var
@@ -111,6 +112,7 @@ def explored_app(
     app.include_router(feature_routes(features, live.packed_signatures, phoenix.settings.body_limit_bytes))
     app.include_router(record_routes(phoenix))
     app.include_router(monitoring_routes(phoenix))
+    app.include_router(retraining_routes(phoenix))
 
     @app.middleware("http")
     async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

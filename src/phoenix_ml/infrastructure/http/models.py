@@ -195,12 +195,12 @@ def _register_upload(
 ) -> ModelVersion:
     phoenix.settings.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix=UPLOAD_PREFIX) as folder:
-        path = _save(artifact, Path(folder) / "artifact.onnx")
+        path = save_upload(artifact, Path(folder) / "artifact.onnx")
         columns = None
         if reference is not None:
             # What a caller names a file is not put into a path: it may hold anything.
             suffix = next((s for s in (".csv", ".parquet") if str(reference.filename).endswith(s)), "")
-            columns = read_columns(_save(reference, Path(folder) / f"reference{suffix}"))
+            columns = read_columns(save_upload(reference, Path(folder) / f"reference{suffix}"))
         return register(
             phoenix.registry,
             phoenix.artifacts,
@@ -212,7 +212,8 @@ def _register_upload(
         )
 
 
-def _save(upload: UploadFile, path: Path) -> Path:
+def save_upload(upload: UploadFile, path: Path) -> Path:
+    """The path, where the uploaded file is now."""
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file, 1 << 20)
     return path

@@ -274,7 +274,7 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
 
 
-def fields_of(row: Row[Any]) -> dict[str, Any]:
+def fields_of(row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
     """The row's values by the names of its columns."""
     # SQLAlchemy names columns by a subclass of str, which msgspec does not take.
     return {str(name): value for name, value in zip(row._fields, row, strict=True)}

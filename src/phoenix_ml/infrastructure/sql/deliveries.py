@@ -1,14 +1,41 @@
 """What waits to be told, in SQL. See ``Deliveries`` in the ports for the contract."""
 
-from sqlalchemy import func, select, update
+from collections.abc import Sequence
+
+import msgspec
+from sqlalchemy import Connection, func, insert, select, update
 
 from phoenix_ml.application.ports import Delivery
+from phoenix_ml.domain.healing import RetrainJob
+from phoenix_ml.domain.incidents import Alert
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.schema import deliveries
 
 _ERROR_CHARACTERS = 500
 # 9999-12-30, which every database can store: what is given up is not taken again.
 NEVER_MS = 253_402_128_000_000
+
+
+def add_deliveries(
+    connection: Connection,
+    subject_id: str,
+    kind: str,
+    subject: Alert | RetrainJob,
+    at_ms: int,
+    channels: Sequence[str],
+) -> None:
+    """What each channel is to be told, in the transaction that makes it true."""
+    for channel in channels:
+        row = {
+            "id": subject_id,
+            "channel": channel,
+            "kind": kind,
+            "payload": msgspec.to_builtins(subject),
+            "created_at": at_ms,
+            "attempts": 0,
+            "not_before": at_ms,
+        }
+        connection.execute(insert(deliveries).values(row))
 
 
 class SqlDeliveries:

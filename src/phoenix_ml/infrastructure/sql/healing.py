@@ -1,32 +1,44 @@
 """Retrain jobs in SQL. See ``RetrainJobs`` in the ports for the contract."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 import msgspec
-from sqlalchemy import Row, func, or_, select, update
+from sqlalchemy import Connection, Row, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from phoenix_ml.application.ports import JobQuery
 from phoenix_ml.domain.errors import JobUnknown
-from phoenix_ml.domain.healing import ENDED, JobStatus, RetrainJob, check_step
+from phoenix_ml.domain.healing import ENDED, OUTSIDE, JobStatus, RetrainJob, check_step
 from phoenix_ml.infrastructure.sql.database import Database, fields_of
+from phoenix_ml.infrastructure.sql.deliveries import add_deliveries
 from phoenix_ml.infrastructure.sql.schema import retrain_jobs
 
 _INSTANTS = ("requested_at", "updated_at", "not_before", "owned_until")
 
 
-class SqlRetrainJobs:
-    """The table ``retrain_jobs``."""
+def store_job(connection: Connection, dialect: Any, job: RetrainJob, channels: Sequence[str]) -> bool:
+    """False, and nothing is stored, for an id that is known; the channels are to be told of a new one."""
+    asked = dialect.insert(retrain_jobs).values(job_row(job)).on_conflict_do_nothing()
+    if connection.execute(asked.returning(retrain_jobs.c.id)).one_or_none() is None:
+        return False
+    if channels:
+        add_deliveries(connection, str(UUID(job.id)), "retrain", job, job.requested_at_ms, channels)
+    return True
 
-    def __init__(self, database: Database) -> None:
+
+class SqlRetrainJobs:
+    """The table ``retrain_jobs``; ``channels`` are told of each request."""
+
+    def __init__(self, database: Database, channels: Sequence[str] = ()) -> None:
         self._database = database
+        self._channels = channels
         self._dialect = sqlite if database.is_sqlite else postgresql
 
     def add(self, job: RetrainJob) -> bool:
-        asked = self._dialect.insert(retrain_jobs).values(job_row(job)).on_conflict_do_nothing()
         with self._database.write() as connection:
-            return connection.execute(asked.returning(retrain_jobs.c.id)).one_or_none() is not None
+            return store_job(connection, self._dialect, job, self._channels)
 
     def get(self, job_id: str) -> RetrainJob:
         with self._database.read() as connection:
@@ -43,13 +55,16 @@ class SqlRetrainJobs:
         with self._database.read() as connection:
             return [_job(row) for row in connection.execute(statement)]
 
-    def lease(self, owner: str, now_ms: int, until_ms: int) -> RetrainJob | None:
+    def lease(
+        self, owner: str, now_ms: int, until_ms: int, *, takes_requests: bool = True
+    ) -> RetrainJob | None:
         table = retrain_jobs.c
         # What waits, and what somebody who is gone had in hand.
-        is_free = or_(
-            (table.status == JobStatus.REQUESTED) & (table.not_before <= now_ms),
-            table.status.in_([JobStatus.TRAINING, JobStatus.CHECKING]),
-        ) & (table.owned_until <= now_ms)
+        wanted = table.status == JobStatus.CHECKING
+        if takes_requests:
+            waits = (table.status == JobStatus.REQUESTED) & (table.not_before <= now_ms)
+            wanted = or_(wanted, waits, table.status == JobStatus.TRAINING)
+        is_free = wanted & (table.owned_until <= now_ms)
         oldest = select(table.id).where(is_free).order_by(table.requested_at, table.id).limit(1)
         with self._database.write() as connection:
             job_id = connection.execute(oldest).scalar_one_or_none()
@@ -66,6 +81,9 @@ class SqlRetrainJobs:
 
     def renew(self, job: RetrainJob, until_ms: int) -> bool:
         return self._change(job, {"owned_until": until_ms}) is not None
+
+    def hand_over(self, job: RetrainJob, until_ms: int, run_id: str) -> RetrainJob | None:
+        return self._change(job, {"owner": OUTSIDE, "owned_until": until_ms, "result": {"asked": run_id}})
 
     def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
         check_step(job.status, status)

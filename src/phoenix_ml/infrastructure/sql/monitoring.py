@@ -24,6 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from phoenix_ml.application.ports import (
     CountedBatch,
+    EndedJob,
     IncidentQuery,
     LogPosition,
     MonitorReport,
@@ -33,17 +34,18 @@ from phoenix_ml.application.ports import (
     WatchedPrediction,
 )
 from phoenix_ml.domain.errors import IncidentResolved, IncidentUnknown, InvalidField, ModelUnknown
-from phoenix_ml.domain.healing import RetrainJob
+from phoenix_ml.domain.healing import ENDED
 from phoenix_ml.domain.incidents import Alert, Incident, IncidentStatus
 from phoenix_ml.domain.monitoring import ALL_MODELS, MonitorSettings, read_settings
 from phoenix_ml.infrastructure.sql.database import Database, fields_of, lift_time_limit, refusing_values
+from phoenix_ml.infrastructure.sql.deliveries import add_deliveries
+from phoenix_ml.infrastructure.sql.healing import store_job
 from phoenix_ml.infrastructure.sql.predictions import parse_cursor
 from phoenix_ml.infrastructure.sql.schema import (
     PREDICTION_SEQ,
     alerts,
     audit_log,
     counters,
-    deliveries,
     drift_batches,
     drift_reports,
     incidents,
@@ -58,6 +60,8 @@ from phoenix_ml.infrastructure.sql.schema import (
 # The largest window of the drift alarm.
 KEPT_BATCHES = 64
 KEPT_REPORTS = 200
+# Whoever watches again after a longer time need not be told of what failed before.
+_NEWS_MS = 7 * 24 * 3_600_000
 _LAST_UUID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
@@ -217,7 +221,7 @@ class SqlMonitoring:
             if step.alert is not None:
                 self._store_alert(connection, step.alert)
             if step.retrain is not None:
-                self._store_job(connection, step.retrain)
+                store_job(connection, self._dialect, step.retrain, self._retrain_channels)
         return True
 
     def skip(self, positions: Mapping[str, tuple[LogPosition, LogPosition]]) -> None:
@@ -287,37 +291,7 @@ class SqlMonitoring:
     def _store_alert(self, connection: Connection, alert: Alert) -> None:
         row = msgspec.to_builtins(alert)
         connection.execute(insert(alerts).values(row | {"created_at": row.pop("at_ms")}))
-        self._deliver(connection, alert.id, "alert", alert, alert.at_ms, self._alert_channels)
-
-    def _store_job(self, connection: Connection, job: RetrainJob) -> None:
-        row = msgspec.structs.asdict(job)
-        for name in ("requested_at", "updated_at", "not_before", "owned_until"):
-            row[name] = row.pop(f"{name}_ms")
-        asked = self._dialect.insert(retrain_jobs).values(row).on_conflict_do_nothing()
-        if connection.execute(asked.returning(retrain_jobs.c.id)).one_or_none() is not None:
-            job_id = str(UUID(job.id))
-            self._deliver(connection, job_id, "retrain", job, job.requested_at_ms, self._retrain_channels)
-
-    def _deliver(
-        self,
-        connection: Connection,
-        subject_id: str,
-        kind: str,
-        subject: Alert | RetrainJob,
-        at_ms: int,
-        channels: Sequence[str],
-    ) -> None:
-        for channel in channels:
-            row = {
-                "id": subject_id,
-                "channel": channel,
-                "kind": kind,
-                "payload": msgspec.to_builtins(subject),
-                "created_at": at_ms,
-                "attempts": 0,
-                "not_before": at_ms,
-            }
-            connection.execute(insert(deliveries).values(row))
+        add_deliveries(connection, alert.id, "alert", alert, alert.at_ms, self._alert_channels)
 
     def retrain_requests(self, model_id: str, since_ms: int) -> tuple[int | None, int]:
         table = retrain_jobs.c
@@ -454,7 +428,21 @@ def _standings(connection: Connection) -> dict[str, Standing]:
     rows = connection.execute(
         select(table.model_id, table.check_requested_at, table.seq, table.outcome_seq, table.outcome_id)
     )
-    return {model_id: Standing(LogPosition(*position), asked) for model_id, asked, *position in rows}
+    job = retrain_jobs.c
+    ended = (
+        select(
+            job.id, job.model_id, job.model_version, job.status, job.new_version, job.error, job.updated_at
+        )
+        .where(job.status.in_(ENDED), job.updated_at >= _now_ms() - _NEWS_MS)
+        .order_by(job.updated_at, job.id)
+    )
+    news = {
+        row.model_id: msgspec.convert(fields_of(row), EndedJob) for row in connection.execute(ended).all()
+    }
+    return {
+        model_id: Standing(LogPosition(*position), asked, news.get(model_id))
+        for model_id, asked, *position in rows
+    }
 
 
 def _stands_at(model_id: str, position: LogPosition) -> ColumnElement[bool]:

@@ -1,0 +1,104 @@
+"""What people and outside trainers say of retrain jobs; healers take it up from there (``heal``)."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from phoenix_ml.application.ports import ArtifactStore, Registry, RetrainJobs
+from phoenix_ml.domain.errors import JobConflict
+from phoenix_ml.domain.features import FeatureRule
+from phoenix_ml.domain.healing import OUTSIDE, JobStatus, RetrainJob
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.models import ModelVersion, next_version
+from phoenix_ml.domain.routing import Role, default_routing
+
+
+def answering_version(registry: Registry, model_id: str) -> ModelVersion:
+    """The champion; of a model that nobody has activated, its highest version. Raises ModelUnknown."""
+    versions = registry.list_versions(model_id)
+    active = [one for one in versions if one.is_active]
+    routing = registry.routings().get(model_id) or default_routing(active)
+    arms = () if routing is None else routing.arms
+    champion = next((arm.version for arm in arms if arm.role is Role.CHAMPION), None)
+    return next((one for one in versions if one.version == champion), versions[-1])
+
+
+def ask_for_retraining(
+    registry: Registry, jobs: RetrainJobs, model_id: str, actor: str, now_ms: int
+) -> RetrainJob:
+    """A new job for the champion, whatever the monitor thinks. Raises ModelUnknown."""
+    champion = answering_version(registry, model_id)
+    job = RetrainJob(
+        id=new_id().replace("-", ""),
+        model_id=model_id,
+        model_version=champion.version,
+        reason=f"asked for by {actor}",
+        evidence={},
+        status=JobStatus.REQUESTED,
+        requested_at_ms=now_ms,
+        updated_at_ms=now_ms,
+    )
+    jobs.add(job)
+    return job
+
+
+def accept_model(
+    registry: Registry,
+    jobs: RetrainJobs,
+    artifacts: ArtifactStore,
+    job_id: str,
+    model: Path,
+    features: Mapping[str, FeatureRule] | None,
+    now_ms: int,
+) -> RetrainJob:
+    """The job with the model that an outside trainer has made; a healer checks it. The same model again is a no-op.
+
+    Raises JobUnknown, JobConflict for a job that is not waiting for a model, ArtifactStoreUnavailable.
+    """
+    job = jobs.get(job_id)
+    with model.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if job.result is not None and job.result.get("sha256") == sha256:
+        return job
+    _check_waits(job)
+    stored = artifacts.put(model)
+    result = {
+        "sha256": sha256,
+        "uri": stored.uri,
+        "features": None if features is None else msgspec.to_builtins(features),
+    }
+    version = next_version([one.version for one in registry.list_versions(job.model_id)])
+    return _hand_in(jobs, job, now_ms, result, new_version=version)
+
+
+def accept_failure(jobs: RetrainJobs, job_id: str, error: str, now_ms: int) -> RetrainJob:
+    """The job of which an outside trainer says why there is no model; a healer asks again later, or gives it up.
+
+    Raises JobUnknown, JobConflict for a job that is not waiting for a model.
+    """
+    job = jobs.get(job_id)
+    _check_waits(job)
+    return _hand_in(jobs, job, now_ms, {"error": error})
+
+
+def _check_waits(job: RetrainJob) -> None:
+    is_waiting = job.status is JobStatus.REQUESTED and job.owner is None
+    if not is_waiting and not (job.status is JobStatus.TRAINING and job.owner == OUTSIDE):
+        raise JobConflict(
+            f"the retrain job {job.id} is {job.status} and waits for nothing from outside",
+            job_id=job.id,
+            current=job.status,
+        )
+
+
+def _hand_in(
+    jobs: RetrainJobs, job: RetrainJob, now_ms: int, result: Mapping[str, object], **facts: object
+) -> RetrainJob:
+    moved = jobs.move(
+        job, JobStatus.CHECKING, now_ms, result=dict(result), owner=None, owned_until=0, **facts
+    )
+    if moved is None:
+        raise JobConflict(f"the retrain job {job.id} has just changed: look at it again", job_id=job.id)
+    return moved

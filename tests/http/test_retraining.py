@@ -1,0 +1,122 @@
+"""Retrain jobs over HTTP, as a pipeline outside uses them: a server without a healer keeps what is handed in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_models
+import pytest
+from lanes import ServerLane, ok, refused
+from phoenix_server import PhoenixServer
+
+pytestmark = pytest.mark.system
+MODEL = onnx_models.linear_regressor(2, bias=3.0)
+
+
+@pytest.fixture(scope="module")
+def lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerLane]:
+    folder = tmp_path_factory.mktemp("retrained")
+    server = PhoenixServer(folder, roles="log")
+    server.register(onnx_models.write(folder / "m.onnx", onnx_models.linear_regressor(2)), "risk", "1.0.0")
+    with server:
+        opened = ServerLane(server.url)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def job(lane: ServerLane) -> dict[str, Any]:
+    """One that was just asked for."""
+    asked: dict[str, Any] = ok(lane.request("POST", "/retrain-jobs", json={"model_id": "risk"}), 202)
+    return asked
+
+
+def hand_in(lane: ServerLane, job_id: str, model: bytes = MODEL, **parts: Any) -> Any:
+    files = {"artifact": ("model.onnx", model)}
+    return lane.request("POST", f"/retrain-jobs/{job_id}/model", files=files, data=parts)
+
+
+def test_a_retraining_that_is_asked_for_is_listed_with_who_asked(
+    lane: ServerLane, job: dict[str, Any]
+) -> None:
+    """Whoever comes next sees that it is under way."""
+    listed = ok(lane.request("GET", "/retrain-jobs?model_id=risk"))["items"]
+
+    assert job["status"] == "requested"
+    assert job["reason"].startswith("asked for by ")
+    assert listed[0] == job
+    assert ok(lane.request("GET", f"/retrain-jobs/{job['job_id']}")) == job
+    assert ok(lane.request("GET", "/retrain-jobs?model_id=other")) == {"items": []}
+
+
+def test_a_model_that_is_handed_in_waits_to_be_checked(lane: ServerLane, job: dict[str, Any]) -> None:
+    """A pipeline that got no answer sends again, and hears the same."""
+    features = json.dumps({"x0": {"type": "float"}, "x1": {"type": "float"}})
+
+    first = ok(hand_in(lane, job["job_id"], features=features), 202)
+    again = ok(hand_in(lane, job["job_id"]), 202)
+
+    assert (first["status"], first["new_version"]) == ("checking", "1.1.0")
+    assert again == first
+
+
+def test_a_failure_is_told_and_nothing_after_it(lane: ServerLane, job: dict[str, Any]) -> None:
+    """What comes too late must not overtake the next attempt."""
+    told = ok(lane.request("POST", f"/retrain-jobs/{job['job_id']}/failure", json={"error": "no GPU"}), 202)
+
+    assert (told["status"], told["result"]) == ("checking", {"error": "no GPU"})
+    refused(hand_in(lane, job["job_id"]), 409, "job_conflict")
+    refused(
+        lane.request("POST", f"/retrain-jobs/{job['job_id']}/failure", json={"error": "x"}),
+        409,
+        "job_conflict",
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options"),
+    [
+        ("GET", "", {}),
+        ("POST", "/model", {"files": {"artifact": ("m", MODEL)}}),
+        ("POST", "/failure", {"json": {"error": "x"}}),
+    ],
+)
+def test_a_job_that_nobody_knows_is_not_found(
+    lane: ServerLane, method: str, path: str, options: dict[str, Any]
+) -> None:
+    """A pipeline with a wrong id must not believe that its model is taken."""
+    refused(lane.request(method, f"/retrain-jobs/nope{path}", **options), 404, "job_unknown")
+
+
+def test_a_retraining_of_a_model_that_nobody_knows_is_not_found(lane: ServerLane) -> None:
+    """A typing error must not wait for ever."""
+    refused(lane.request("POST", "/retrain-jobs", json={"model_id": "nope"}), 404, "model_unknown")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status", "code"),
+    [
+        ("/model", {"content": b"x"}, 422, "invalid_field"),
+        ("/model", {"data": {"artifact": "text"}}, 422, "invalid_field"),
+        ("/model", {"files": {"features": ("f", b"{}")}}, 422, "invalid_field"),
+        ("/model", {"files": {"artifact": ("m", MODEL)}, "data": {"features": "{"}}, 400, "malformed_body"),
+        (
+            "/model",
+            {"files": {"artifact": ("m", MODEL)}, "data": {"features": '{"x0": {"type": "colour"}}'}},
+            422,
+            "invalid_field",
+        ),
+        ("/failure", {"json": {}}, 422, "invalid_field"),
+        ("/failure", {"json": {"error": ""}}, 422, "invalid_field"),
+        ("/failure", {"content": b"{"}, 400, "malformed_body"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_job_goes_on_waiting(
+    lane: ServerLane, job: dict[str, Any], path: str, options: dict[str, Any], status: int, code: str
+) -> None:
+    """A pipeline that sends nonsense may send again."""
+    refused(lane.request("POST", f"/retrain-jobs/{job['job_id']}{path}", **options), status, code)
+
+    assert ok(lane.request("GET", f"/retrain-jobs/{job['job_id']}"))["status"] == "requested"
