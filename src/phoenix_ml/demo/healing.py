@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 from msgspec import convert
 from rich.console import Console
+from rich.table import Table
 
 from phoenix_ml.application.catalogue import Reference, Registration, activate, register
-from phoenix_ml.application.ports import IncidentQuery, JobQuery
+from phoenix_ml.application.ports import IncidentQuery, JobQuery, PredictionQuery
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.demo.show import (
     end_in_order,
@@ -23,6 +24,7 @@ from phoenix_ml.demo.show import (
     renew,
     running_server,
     typed_command,
+    version_table,
     wait_for_interrupt,
 )
 from phoenix_ml.demo.training import MODEL_NAME, OUTCOME, CreditData, Training, train
@@ -37,6 +39,7 @@ OTHER_BANK = "credit-risk-b"
 BATCH_ROWS = 500
 APPLICANTS_A_DAY = 250
 _DEADLINE_S = 120.0
+_DAYS_BESIDE = 6
 # What changes on day 9: prices and incomes rise, and a quarter of the applicants work for platforms, where
 # seven in ten of those who would have paid do not.
 INFLATION, NEW_JOB, NEW_JOB_SHARE, NEW_JOB_RISK = 1.6, "platform", 0.25, 0.7
@@ -79,6 +82,9 @@ class Story:
 
     def say(self, words: str) -> None:
         self._console.print(f"[dim]day {self.day:2}[/]  {words}", highlight=False)
+
+    def show(self, table: Table) -> None:
+        self._console.print(table)
 
     def look(self) -> None:
         """Says what is new in the database: incidents, retrain jobs."""
@@ -198,12 +204,20 @@ def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None
                 lambda: all(j.status in ENDED for j in phoenix.retrain_jobs.page(JobQuery(MODEL_NAME))), story
             )
             break
-    for _ in range(6):
+    since_ms = time.time_ns() // 1_000_000
+    for _ in range(_DAYS_BESIDE):
         story.day += 1
         people = [next(changed) for _ in range(APPLICANTS_A_DAY)]
         _, last_id = asyncio.run(_live(url, MODEL_NAME, people))
         _await_monitor(phoenix, story, MODEL_NAME, last_id)
-    story.say("champion and challenger share the traffic; a person decides who stays:")
+    query = PredictionQuery(MODEL_NAME, since_ms=since_ms, limit=_DAYS_BESIDE * APPLICANTS_A_DAY)
+    rows, _ = phoenix.prediction_log.page(query)
+    story.show(
+        version_table(rows, f"\nChampion and challenger, side by side since day {story.day - _DAYS_BESIDE}")
+    )
+    story.say(
+        f"a person decides who stays, such as by: {typed_command()} models routing {MODEL_NAME} 1.1.0\n"
+    )
 
 
 def _act_two(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,9 +246,24 @@ def _await_log(phoenix: Phoenix, expected: int) -> list[LoggedPrediction]:
         time.sleep(0.1)
 
 
-def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[LoggedPrediction]) -> None:
+def version_table(rows: Sequence[LoggedPrediction], title: str) -> Table:
+    """Accuracy and AUC by version, of logged answers that all have an outcome."""
     from sklearn.metrics import accuracy_score, roc_auc_score
 
+    by_version = Table(title=title, title_justify="left", box=None)
+    for heading in ("version", "answers", "accuracy", "AUC"):
+        by_version.add_column(heading, justify="right")
+    for version in sorted({row.model_version for row in rows}):
+        answered = [row for row in rows if row.model_version == version]
+        truth = [row.outcome for row in answered]
+        accuracy = accuracy_score(truth, [row.result for row in answered])
+        good = [row.probabilities[1] for row in answered if row.probabilities]
+        auc = roc_auc_score([outcome == "good" for outcome in truth], good)
+        by_version.add_row(version, str(len(answered)), f"{accuracy:.3f}", f"{auc:.3f}")
+    return by_version
+
+
+def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[LoggedPrediction]) -> None:
     few = Table(title="\nA few answers, from the prediction log", title_justify="left", box=None)
     for heading in ("applicant", "version", "role", "answer", "confidence", "outcome", ""):
         few.add_column(heading, justify="right" if heading == "confidence" else "left")
@@ -259,17 +274,7 @@ def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[L
             row.entity_id, row.model_version, role, row.result, f"{row.confidence:.3f}", row.outcome, right
         )
     console.print(few)
-    by_version = Table(title="\nBy version, from the same log", title_justify="left", box=None)
-    for heading in ("version", "answers", "accuracy", "AUC"):
-        by_version.add_column(heading, justify="right")
-    for version in sorted({row.model_version for row in rows}):
-        answered = [row for row in rows if row.model_version == version]
-        truth = [row.outcome for row in answered]
-        accuracy = accuracy_score(truth, [row.result for row in answered])
-        good = [row.probabilities[1] for row in answered if row.probabilities]
-        auc = roc_auc_score([outcome == "good" for outcome in truth], good)
-        by_version.add_row(version, str(len(answered)), f"{accuracy:.3f}", f"{auc:.3f}")
-    console.print(by_version)
+    console.print(version_table(rows, "\nBy version, from the same log"))
     server_ms = [row.latency_ms for row in rows]
     console.print(
         f"\n{len(rows):,} answers in {replayed.seconds:.1f} s by {_CLIENTS} clients on this machine; each is in "

@@ -1,10 +1,11 @@
 """Trainers outside, asked over HTTP: signed webhooks, Airflow, Kubeflow Pipelines, GitHub Actions."""
 
+import base64
 import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -18,7 +19,7 @@ from phoenix_ml.infrastructure.alerts.channels import signing_key, webhook_heade
 if TYPE_CHECKING:  # imported where it is used
     import httpx
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 _TIMEOUT_S = 10.0
 _MOST_QUOTED = 200
 _SETTING, _TOKEN_SETTING = "PHOENIX_TRAINER", "PHOENIX_TRAINER_TOKEN"
@@ -30,7 +31,9 @@ _WANTED = {
 }
 KINDS = tuple(_WANTED)
 _GITHUB = "https://api.github.com"
-_GITHUB_NAME = re.compile(r"[\w.-]+", re.ASCII)
+_GITHUB_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# httpx takes a bracket, for one, as part of a name, and writes it %5B.
+_HOST = re.compile(rb"[\w.:-]+", re.ASCII)
 # What a header can hold, and no space.
 _TOKEN = re.compile(r"[\x21-\x7e]*")
 
@@ -59,8 +62,9 @@ def open_remote_trainer(spec: str, token: str, timeout_s: float = _TIMEOUT_S) ->
         return AirflowTrainer(_parse(kind, target), token, timeout_s)
     if kind == "kubeflow":
         return KubeflowTrainer(_parse(kind, target), token, timeout_s)
-    is_url = target.startswith(("http://", "https://"))
-    return GithubTrainer(_parse(kind, target if is_url else f"{_GITHUB}/{target}"), token, timeout_s)
+    if _GITHUB_REPOSITORY.fullmatch(target):
+        target = f"{_GITHUB}/{target}"
+    return GithubTrainer(_parse(kind, target), token, timeout_s)
 
 
 class WebhookTrainer:
@@ -71,10 +75,13 @@ class WebhookTrainer:
 
     def __init__(self, url: "httpx.URL", token: str, timeout_s: float) -> None:
         self._key = signing_key(token, _TOKEN_SETTING)
-        self._auth = _user(url)
+        basic = ""
+        if url.userinfo:
+            basic = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
+        self._user = {"authorization": f"Basic {basic}"} if basic else {}
         self._target = str(url.copy_with(userinfo=b""))
         # A webhook's path is often its password, and servers name the path that they do not know.
-        secrets = [token, url.password, url.path, url.query.decode()]
+        secrets = [token, basic, url.password, url.raw_path.decode(), url.path, url.query.decode()]
         self._server = _Server(url, secrets, timeout_s)
 
     def ask(self, request: TrainingRequest) -> None:
@@ -85,8 +92,8 @@ class WebhookTrainer:
                 "data": request,
             }
         )
-        headers = webhook_headers(self._key, request.run_id, body)
-        self._server.call("POST", self._target, headers, body, auth=self._auth)
+        headers = {**webhook_headers(self._key, request.run_id, body), **self._user}
+        self._server.call("POST", self._target, headers, body)
 
 
 class AirflowTrainer:
@@ -95,29 +102,28 @@ class AirflowTrainer:
     def __init__(self, url: "httpx.URL", token: str, timeout_s: float) -> None:
         _refuse_query("airflow", url, ())
         base, (dag,) = _split("airflow", url, 1)
-        self._user = _user(url)
-        if self._user and token:
-            raise _misconfigured("airflow", "there is a user in the URL and a token as well")
-        if self._user and not all(self._user):
+        if url.userinfo and token:
+            raise _misconfigured("airflow", "there is a user in the URL and PHOENIX_TRAINER_TOKEN as well")
+        if bool(url.username) is not bool(url.password):
             raise _misconfigured(
                 "airflow", "there is a user without a password, or a password without a user"
             )
+        self._user = {"username": url.username, "password": url.password} if url.userinfo else None
         self._token = token
         self._base = base
         self._runs = f"{base}/api/v2/dags/{dag}/dagRuns"
         self._server = _Server(url, [token, url.password], timeout_s)
 
     def ask(self, request: TrainingRequest) -> None:
-        token = self._token
-        if self._user:
-            token = self._fetch_token(*self._user)
+        token = self._token if self._user is None else self._fetch_token(self._user)
         body = {"dag_run_id": request.run_id, "logical_date": None, "conf": request}
         # Conflict: a run of this id exists, so it was asked for already.
-        self._server.call("POST", self._runs, _bearer(token), _encode(body), fine=[409], secrets=[token])
+        self._server.call(
+            "POST", self._runs, _headers(token), msgspec.json.encode(body), fine=[409], secrets=[token]
+        )
 
-    def _fetch_token(self, username: str, password: str) -> str:
-        body = _encode({"username": username, "password": password})
-        answer = self._server.call("POST", f"{self._base}/auth/token", _bearer(""), body)
+    def _fetch_token(self, user: Mapping[str, str]) -> str:
+        answer = self._server.call("POST", f"{self._base}/auth/token", _headers(), msgspec.json.encode(user))
         token = self._server.decode(answer, _AirflowToken).access_token
         if not (token and _TOKEN.fullmatch(token)):
             raise TrainingFailed(f"{self._server.host}: /auth/token answers no token")
@@ -145,7 +151,7 @@ class KubeflowTrainer:
         experiment = url.params.get("experiment_id")
         self._experiment = {"experiment_id": experiment} if experiment else {}
         self._runs = f"{base}/apis/v2beta1/runs"
-        self._headers = _bearer(token)
+        self._headers = _headers(token)
         self._server = _Server(url, [token], timeout_s)
 
     def ask(self, request: TrainingRequest) -> None:
@@ -159,12 +165,12 @@ class KubeflowTrainer:
             "runtime_config": {"parameters": parameters},
             **self._experiment,
         }
-        self._server.call("POST", self._runs, self._headers, _encode(body))
+        self._server.call("POST", self._runs, self._headers, msgspec.json.encode(body))
 
     def _is_asked(self, run_id: str) -> bool:
         predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": run_id}
         wanted = {
-            "filter": _encode({"predicates": [predicate]}).decode(),
+            "filter": msgspec.json.encode({"predicates": [predicate]}).decode(),
             "page_size": "1",
             **self._experiment,
         }
@@ -191,8 +197,8 @@ class GithubTrainer:
         _refuse_user("github", url)
         _refuse_query("github", url, ())
         base, names = _split("github", url, 2)
-        if not all(map(_GITHUB_NAME.fullmatch, names)):
-            raise _misconfigured("github", "what follows is no OWNER/REPO")
+        if url.host in ("github.com", "www.github.com"):
+            raise _misconfigured("github", "the URL is of GitHub's pages, not of its API")
         if not token:
             raise Misconfigured(
                 "PHOENIX_TRAINER_TOKEN: github: needs one: give a token that may write the contents of the repository",
@@ -200,7 +206,7 @@ class GithubTrainer:
             )
         self._dispatches = f"{base}/repos/{'/'.join(names)}/dispatches"
         self._headers = {
-            **_bearer(token),
+            **_headers(token),
             "accept": "application/vnd.github+json",
             "x-github-api-version": "2022-11-28",
         }
@@ -209,7 +215,7 @@ class GithubTrainer:
     def ask(self, request: TrainingRequest) -> None:
         # GitHub takes ten properties at most; the request has eight.
         body = {"event_type": "phoenix-ml-retrain", "client_payload": request}
-        self._server.call("POST", self._dispatches, self._headers, _encode(body))
+        self._server.call("POST", self._dispatches, self._headers, msgspec.json.encode(body))
 
 
 class _Server:
@@ -228,7 +234,6 @@ class _Server:
         body: bytes | None = None,
         *,
         params: Mapping[str, str] | None = None,
-        auth: tuple[str, str] | None = None,
         fine: Sequence[int] = (),
         secrets: Sequence[str] = (),
     ) -> bytes:
@@ -237,30 +242,29 @@ class _Server:
 
         try:
             with httpx.Client(timeout=self._timeout_s, follow_redirects=False) as client:
-                response = client.request(
-                    method, url, headers=headers, content=body, params=params, auth=auth
-                )
+                response = client.request(method, url, headers=headers, content=body, params=params)
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            raise TrainingFailed(f"{self.host} cannot be asked: {type(exc).__name__}: {exc}") from exc
+            why = self._quote(f"{type(exc).__name__}: {exc}", secrets)
+            raise TrainingFailed(f"{self.host} cannot be asked: {why}") from exc
         if not (response.is_success or response.status_code in fine):
-            said = self._without_secrets(" ".join(response.text.split()), secrets)[:_MOST_QUOTED]
-            raise TrainingFailed(f"{self.host} answers HTTP {response.status_code}{said and f': {said}'}")
+            said = self._quote(response.text, secrets) or "no reason given"
+            raise TrainingFailed(f"{self.host} answers HTTP {response.status_code}: {said}")
         return response.content
 
-    def decode(self, answer: bytes, kind: "type[_T]") -> "_T":
+    def decode(self, answer: bytes, kind: type[T]) -> T:
         """Raises TrainingFailed where something else answers, such as the page of a login."""
         try:
             return msgspec.json.decode(answer, type=kind)
         except msgspec.DecodeError as exc:
             raise TrainingFailed(f"{self.host} does not answer as its API says: {exc}") from exc
 
-    def _without_secrets(self, text: str, more: Sequence[str]) -> str:
+    def _quote(self, text: str, more: Sequence[str]) -> str:
         for secret in (*self._secrets, *more):
             if secret in ("", "/"):
                 continue
             for form in (secret, json.dumps(secret)[1:-1], quote(secret, safe="")):
                 text = text.replace(form, "***")
-        return text
+        return " ".join(text.split())[:_MOST_QUOTED]
 
 
 def _parse(kind: str, target: str) -> "httpx.URL":
@@ -271,10 +275,11 @@ def _parse(kind: str, target: str) -> "httpx.URL":
         url = httpx.URL(target.strip())
     except (httpx.InvalidURL, ValueError):
         url = None
-    if url is None or url.scheme not in ("http", "https") or not url.host or url.fragment:
+    is_clear = url is not None and _HOST.fullmatch(url.raw_host) and b"@" not in url.raw_path
+    if url is None or not is_clear or url.scheme not in ("http", "https") or url.fragment:
         raise _misconfigured(
             kind,
-            "what follows is no http:// or https:// URL (in a password, @ : / ? # % are written %40 and so on)",
+            "what follows is no http:// or https:// URL (in a password, @ : / ? # are %40 %3A %2F %3F %23)",
         )
     return url
 
@@ -289,13 +294,11 @@ def _split(kind: str, url: "httpx.URL", count: int) -> tuple[str, list[str]]:
     return "/".join([str(base).rstrip("/"), *segments[:-count]]), segments[-count:]
 
 
-def _user(url: "httpx.URL") -> tuple[str, str] | None:
-    return (url.username, url.password) if url.userinfo else None
-
-
 def _refuse_user(kind: str, url: "httpx.URL") -> None:
     if url.userinfo:
-        raise _misconfigured(kind, "there is a user in the URL: give PHOENIX_TRAINER_TOKEN instead, and")
+        raise _misconfigured(
+            kind, "a user in the URL means nothing here, the token goes into PHOENIX_TRAINER_TOKEN"
+        )
 
 
 def _refuse_query(kind: str, url: "httpx.URL", known: Sequence[str]) -> None:
@@ -307,12 +310,8 @@ def _misconfigured(kind: str, why: str) -> Misconfigured:
     return Misconfigured(f"PHOENIX_TRAINER: {kind}: {why}: write {_WANTED[kind]}", setting=_SETTING)
 
 
-def _bearer(token: str) -> dict[str, str]:
+def _headers(token: str = "") -> dict[str, str]:
     headers = {"content-type": "application/json"}
     if token:
         headers["authorization"] = f"Bearer {token}"
     return headers
-
-
-def _encode(body: Mapping[str, Any]) -> bytes:
-    return msgspec.json.encode(body)
