@@ -13,7 +13,6 @@ import onnx_models
 import pytest
 from databases import empty
 from onnx import TensorProto, helper
-from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
 from receiver import receiving
 from sample_events import AT_MS, outcome, prediction
 
@@ -35,6 +34,7 @@ from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 from phoenix_ml.infrastructure.tables import read_columns, write_table
 from phoenix_ml.infrastructure.training.process import ProcessTrainer
+from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
 from phoenix_ml.settings import fixed_settings
 
 CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}

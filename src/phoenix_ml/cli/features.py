@@ -1,0 +1,139 @@
+"""``features``: the feature store at the terminal."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from phoenix_ml.bootstrap import open_features
+from phoenix_ml.cli.common import (
+    data_option,
+    err,
+    example,
+    json_option,
+    main,
+    opened,
+    parse_value,
+    run_async,
+    show_json,
+)
+from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField
+from phoenix_ml.settings import load_settings
+
+if TYPE_CHECKING:
+    from phoenix_ml.domain.features import PackedSignature
+
+# A bulk command waits for the store as long as a person would, not as long as a request may.
+_COMMAND_DEADLINE_MS = 5000.0
+
+
+@main.group()
+def features() -> None:
+    """The feature store."""
+
+
+@features.command("load")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--entity", required=True, metavar="COLUMN", help="The column with the entity ids.")
+@data_option
+@json_option
+@example("phoenix-ml features load customers.parquet --entity customer_id")
+def features_load(file: Path, entity: str, data: Path | None, as_json: bool) -> None:
+    """Load a CSV or Parquet table: a row an entity, a column a feature; empty cells remove."""
+    loaded = run_async(load_file(file, entity, data))
+    if as_json:
+        show_json({"entities": loaded})
+    else:
+        click.echo(f"{loaded} entities loaded")
+
+
+async def load_file(file: Path, entity: str, data: Path | None) -> int:
+    from phoenix_ml.application.features import load_features
+    from phoenix_ml.infrastructure.tables import open_table
+
+    signatures = signatures_to_pack(data)
+    store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+    try:
+        with open_table(file, text_columns=[entity]) as table, Progress(console=err) as bar:
+            if entity not in table.names:
+                raise InvalidField(
+                    f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
+                )
+            task = bar.add_task(f"loading {file.name}", total=1.0)
+            return await load_features(
+                store, table.batches, entity, lambda share: bar.update(task, completed=share), signatures
+            )
+    finally:
+        await store.close()
+
+
+def signatures_to_pack(data: Path | None) -> Sequence["PackedSignature"]:
+    """Those of the active models; none while the database cannot say."""
+    from phoenix_ml.application.features import packed_signatures
+
+    try:
+        with opened(data) as phoenix:
+            return packed_signatures(phoenix.registry.list_versions())
+    except DatabaseUnavailable as exc:
+        err.print(f"[yellow]features are stored, but no rows are packed:[/] {escape(exc.message)}")
+        return ()
+
+
+@features.command("get")
+@click.argument("entity_id")
+@data_option
+@json_option
+@example("phoenix-ml features get cust_0001")
+def features_get(entity_id: str, data: Path | None, as_json: bool) -> None:
+    """What is stored for an entity, and since when."""
+    from phoenix_ml.application.features import show_features
+    from phoenix_ml.application.reports import iso_time
+
+    async def fetch() -> dict[str, Any]:
+        store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+        try:
+            return await show_features(store, entity_id)
+        finally:
+            await store.close()
+
+    found = run_async(fetch())
+    if as_json:
+        show_json(found)
+        return
+    table = Table("feature", "value", "written", box=None)
+    for name, value in found["features"].items():
+        table.add_row(name, json.dumps(value, ensure_ascii=False), iso_time(found["updated_at_ms"][name]))
+    Console().print(table)
+
+
+@features.command("put")
+@click.argument("entity_id")
+@click.argument("values", nargs=-1, required=True, metavar="NAME=VALUE...")
+@data_option
+@json_option
+@example("phoenix-ml features put cust_0001 income=2100 home=owner debt=null")
+def features_put(entity_id: str, values: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+    """Store features of an entity: numbers, true, false; null removes; else text."""
+    from phoenix_ml.application.features import store_features
+
+    given = dict(parse_value(word) for word in values)
+    signatures = signatures_to_pack(data)
+
+    async def put() -> int:
+        store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+        try:
+            return await store_features(store, {entity_id: given}, signatures)
+        finally:
+            await store.close()
+
+    written = run_async(put())
+    if as_json:
+        show_json({"written": written})
+    else:
+        click.echo(f"{len(given)} features of {entity_id} written")

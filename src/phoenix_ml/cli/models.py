@@ -1,0 +1,320 @@
+"""``models``: the registry at the terminal."""
+
+import json
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from phoenix_ml.cli.common import (
+    actor,
+    data_option,
+    example,
+    json_option,
+    main,
+    opened,
+    print_wide,
+    show_json,
+)
+from phoenix_ml.domain.errors import InvalidField
+from phoenix_ml.domain.features import FeatureRule
+from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+
+STAGES = [stage.value for stage in Stage]
+STRATEGIES = [strategy.value for strategy in Strategy if strategy is not Strategy.PINNED]
+
+
+@main.group()
+def models() -> None:
+    """Versions of models: register, promote, activate, route."""
+
+
+@models.command("register")
+@click.argument("artifact", metavar="PATH", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--id", "model_id", required=True, help="The model's name.")
+@click.option("--version", required=True, help="Semantic version, such as 1.0.0.")
+@click.option("--stage", type=click.Choice(STAGES), default="dev", show_default=True)
+@click.option(
+    "--features", type=click.Path(exists=True, path_type=Path), help="Feature contract, a JSON file."
+)
+@click.option(
+    "--task", type=click.Choice(["classification", "regression"]), help="Where the graph is unclear."
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Training rows (.csv, .parquet) for the baseline."
+)
+@click.option("--time", help="The reference's column that orders its rows in time; it need be no feature.")
+@click.option("--outcome", help="The reference's column with the truth; it need be no feature.")
+@click.option("--activate", is_flag=True, help="Let it answer requests at once.")
+@data_option
+@json_option
+@example(
+    "phoenix-ml models register model.onnx --id credit-risk --version 1.0.0 --reference train.parquet --activate"
+)
+def models_register(
+    artifact: Path,
+    model_id: str,
+    version: str,
+    stage: str,
+    features: Path | None,
+    task: str | None,
+    reference: Path | None,
+    time: str | None,
+    outcome: str | None,
+    activate: bool,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Register an ONNX file as a version: stored, checked, loaded and run, over the reference if there is one."""
+    from phoenix_ml.application.catalogue import Reference, Registration, register
+    from phoenix_ml.application.catalogue import activate as activate_version
+    from phoenix_ml.infrastructure.tables import read_columns
+
+    contract: dict[str, FeatureRule] = {}
+    if features is not None:
+        from phoenix_ml.infrastructure.http.codec import decode_json
+
+        contract = decode_json(features.read_bytes(), dict[str, FeatureRule])
+    if reference is None and (time or outcome):
+        raise click.UsageError("--time and --outcome name columns of --reference")
+    registration = Registration(model_id, version, Stage(stage), contract, task)
+    with opened(data) as phoenix:
+        registered = register(
+            phoenix.registry,
+            phoenix.artifacts,
+            phoenix.engines,
+            artifact,
+            registration,
+            actor=actor(),
+            reference=None if reference is None else Reference(read_columns(reference), time, outcome),
+        )
+        if activate:
+            registered = activate_version(
+                phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
+            )
+    show_version(registered, as_json)
+
+
+def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False) -> None:
+    from phoenix_ml.application.reports import describe_version
+
+    described = describe_version(version, baseline=baseline)
+    if as_json:
+        show_json(described)
+        return
+    console = Console()
+    state = "[green]active[/]" if version.is_active else "inactive"
+    console.print(f"[bold]{version.model_id} {version.version}[/]  {version.stage}  {state}")
+    console.print(
+        f"[dim]{version.metadata.task}, {version.metadata.runtime}, sha256 {version.sha256[:16]}…[/]"
+    )
+    table = Table("feature", "type", "default", "max age", "meaning", box=None)
+    for name in version.metadata.features:
+        rule = version.metadata.contract[name]
+        required = isinstance(rule.default, msgspec.UnsetType)
+        age = "" if rule.max_age_s is None else f"{rule.max_age_s:g} s"
+        default = "[dim]required[/]" if required else json.dumps(rule.default)
+        table.add_row(name, rule.type, default, age, rule.description)
+    console.print(table)
+    if baseline:
+        show_json(described["baseline"])
+
+
+@models.command("list")
+@data_option
+@json_option
+@example("phoenix-ml models list")
+def models_list(data: Path | None, as_json: bool) -> None:
+    """All versions of all models."""
+    from phoenix_ml.application.reports import describe_version, iso_time
+
+    with opened(data) as phoenix:
+        versions = phoenix.registry.list_versions()
+        routings = phoenix.registry.routings()
+    if as_json:
+        show_json([describe_version(version) for version in versions])
+        return
+    if not versions:
+        click.echo(
+            "no model is registered yet: phoenix-ml models register PATH --id ID --version V --activate"
+        )
+        return
+    table = Table("model", "version", "stage", "active", "role", "task", "registered", box=None)
+    for version in versions:
+        routing = routings.get(version.model_id)
+        arms = routing.arms if routing else ()
+        roles = [f"{a.role} {a.weight:g}" for a in arms if a.version == version.version]
+        table.add_row(
+            version.model_id,
+            version.version,
+            version.stage,
+            "yes" if version.is_active else "",
+            roles[0] if roles else "",
+            version.metadata.task,
+            iso_time(version.created_at_ms),
+        )
+    print_wide(table)
+
+
+@models.command("show")
+@click.argument("model_id")
+@click.argument("version", required=False)
+@click.option("--baseline", is_flag=True, help="The training data's distribution too.")
+@data_option
+@json_option
+@example("phoenix-ml models show credit-risk 1.0.0 --baseline")
+def models_show(model_id: str, version: str | None, baseline: bool, data: Path | None, as_json: bool) -> None:
+    """One version, or all of a model: signature, feature contract, stage."""
+    from phoenix_ml.application.reports import describe_version
+
+    with opened(data) as phoenix:
+        registry = phoenix.registry
+        found = registry.list_versions(model_id) if version is None else [registry.get(model_id, version)]
+    if as_json:
+        described = [describe_version(one, baseline=baseline) for one in found]
+        show_json(described if version is None else described[0])
+        return
+    for one in found:
+        show_version(one, False, baseline=baseline)
+
+
+@models.command("stage")
+@click.argument("model_id")
+@click.argument("version")
+@click.argument("stage", type=click.Choice(STAGES))
+@data_option
+@json_option
+@example("phoenix-ml models stage credit-risk 1.1.0 prod")
+def models_stage(model_id: str, version: str, stage: str, data: Path | None, as_json: bool) -> None:
+    """Move a version one step: dev, staging, prod."""
+    with opened(data) as phoenix:
+        show_version(phoenix.registry.set_stage(model_id, version, Stage(stage), actor()), as_json)
+
+
+@models.command("activate")
+@click.argument("model_id")
+@click.argument("version")
+@data_option
+@json_option
+@example("phoenix-ml models activate credit-risk 1.1.0")
+def models_activate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
+    """Let a version answer requests, once it was found to load."""
+    from phoenix_ml.application.catalogue import activate
+
+    with opened(data) as phoenix:
+        activated = activate(
+            phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
+        )
+    show_version(activated, as_json)
+
+
+@models.command("deactivate")
+@click.argument("model_id")
+@click.argument("version")
+@data_option
+@json_option
+@example("phoenix-ml models deactivate credit-risk 1.0.0")
+def models_deactivate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
+    """Take a version out of service."""
+    with opened(data) as phoenix:
+        show_version(phoenix.registry.set_active(model_id, version, False, actor()), as_json)
+
+
+@models.command("monitoring")
+@click.argument("model_id")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting; repeat it. Without a value the default comes back.",
+)
+@data_option
+@json_option
+@example("phoenix-ml models monitoring credit-risk --set batch_rows=500 --set left_out=age")
+def models_monitoring(model_id: str, changes: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+    """Show or change how a model is watched and healed; `*` stands for all models."""
+    from phoenix_ml.domain.monitoring import ALL_MODELS, parse_setting
+
+    with opened(data) as phoenix:
+        if changes:
+            parsed = dict(map(parse_setting, changes))
+            settings = phoenix.monitoring.change_settings(model_id, parsed, actor())
+        else:
+            if model_id != ALL_MODELS:
+                phoenix.registry.list_versions(model_id)
+            settings = phoenix.monitoring.settings(model_id)
+    told = msgspec.to_builtins(settings)
+    if as_json:
+        show_json(told)
+        return
+    for key, value in told.items():
+        click.echo(f"{key:18} {'' if value is None else json.dumps(value)}")
+
+
+@models.command("routing")
+@click.argument("model_id")
+@click.argument("arms", nargs=-1, metavar="[VERSION[=WEIGHT]]...")
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    help="Default: ab_test.",
+)
+@click.option("--salt", default="", help="Separates this experiment's assignment from others.")
+@click.option("--clear", is_flag=True, help="Go back to the default routing.")
+@data_option
+@json_option
+@example("phoenix-ml models routing credit-risk 1.0.0=90 1.1.0=10 --strategy canary")
+def models_routing(
+    model_id: str,
+    arms: tuple[str, ...],
+    strategy: str | None,
+    salt: str,
+    clear: bool,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Show or set how requests are shared out. The first version is the champion."""
+    from phoenix_ml.application.catalogue import set_routing
+
+    with opened(data) as phoenix:
+        versions = phoenix.registry.list_versions(model_id)
+        if clear:
+            phoenix.registry.clear_routing(model_id, actor())
+        elif arms:
+            routing = parse_routing(arms, strategy, salt)
+            set_routing(phoenix.registry, model_id, routing, actor=actor())
+        in_force = phoenix.registry.routings().get(model_id)
+        is_default = in_force is None
+        if in_force is None:
+            from phoenix_ml.domain.routing import default_routing
+
+            in_force = default_routing(version for version in versions if version.is_active)
+    if as_json:
+        show_json({"routing": in_force, "is_default": is_default})
+        return
+    if in_force is None:
+        click.echo(f"no version of {model_id} is active: phoenix-ml models activate {model_id} VERSION")
+        return
+    table = Table("version", "role", "weight", box=None)
+    for arm in in_force.arms:
+        table.add_row(arm.version, arm.role, f"{arm.weight:g}")
+    Console().print(f"[bold]{model_id}[/]  {in_force.strategy}{' (default)' if is_default else ''}")
+    Console().print(table)
+
+
+def parse_routing(arms: tuple[str, ...], strategy: str | None, salt: str) -> Routing:
+    """A routing from ``VERSION[=WEIGHT]`` words; the first is the champion."""
+    chosen = Strategy(strategy or ("single" if len(arms) == 1 else "ab_test"))
+    other = Role.SHADOW if chosen is Strategy.SHADOW else Role.CHALLENGER
+    parsed = []
+    for number, word in enumerate(arms):
+        version, _, weight = word.partition("=")
+        try:
+            parsed.append(Arm(version, other if number else Role.CHAMPION, float(weight or 1)))
+        except ValueError:
+            raise InvalidField(f"{word!r}: write VERSION=WEIGHT, such as 1.0.0=90", field="arms") from None
+    return Routing(chosen, tuple(parsed), salt)

@@ -1,0 +1,287 @@
+"""``drift``, ``incidents`` and ``heal``: what watches models, and makes them well."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from phoenix_ml.cli.common import (
+    actor,
+    data_option,
+    example,
+    json_option,
+    main,
+    opened,
+    print_wide,
+    show_json,
+    watched_version,
+)
+from phoenix_ml.domain.errors import NoBaseline
+
+if TYPE_CHECKING:
+    from phoenix_ml.domain.drift import DriftReport
+
+
+@main.group()
+def drift() -> None:
+    """Recent values beside those that a version was trained on."""
+
+
+@drift.command("check")
+@click.argument("model_id")
+@click.option("--version", "model_version", help="This version instead of the champion.")
+@click.option(
+    "--rows", type=click.IntRange(1, 100_000), help="So many of the newest predictions; else one batch."
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the report as one HTML file."
+)
+@data_option
+@json_option
+@example("phoenix-ml drift check credit-risk --rows 5000 --html report.html")
+def drift_check(
+    model_id: str,
+    model_version: str | None,
+    rows: int | None,
+    html: Path | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare a version's newest predictions with its reference, now. Opens no incident."""
+    from phoenix_ml.application.monitoring import describe_drift
+    from phoenix_ml.infrastructure.console.drift_page import drift_page
+
+    with opened(data) as phoenix:
+        version = watched_version(phoenix, model_id, model_version)
+        settings = phoenix.monitoring.settings(model_id)
+        newest = phoenix.monitoring.latest(model_id, version.version, rows or settings.batch_rows)
+        report = describe_drift(phoenix.artifacts, version, newest, settings)
+    name = f"{model_id} {version.version}"
+    if report is None:
+        raise NoBaseline(
+            f"{name} has no baseline: register a version with --reference, the rows that it was trained on",
+            model_id=model_id,
+            model_version=version.version,
+        )
+    about = describe_rows([row.created_at_ms for row in newest], report.reference_rows)
+    if html is not None:
+        html.write_text(drift_page(report, f"Drift of {name}", [about]), encoding="utf-8")
+    if as_json:
+        show_json({"model_id": model_id, "model_version": version.version, "report": report})
+        return
+    show_drift_report(report, f"{name}: {about}")
+    if html is not None:
+        click.echo(f"wrote {html}")
+
+
+@drift.command("show")
+@click.argument("model_id")
+@click.option("--version", "model_version", help="Only this version.")
+@data_option
+@json_option
+@example("phoenix-ml drift show credit-risk")
+def drift_show(model_id: str, model_version: str | None, data: Path | None, as_json: bool) -> None:
+    """The latest report that the monitor has written."""
+    from phoenix_ml.application.reports import describe_report, iso_time
+    from phoenix_ml.domain.drift import DriftReport
+
+    with opened(data) as phoenix:
+        phoenix.registry.list_versions(model_id)
+        found = phoenix.monitoring.reports(model_id, "drift", model_version)
+    if as_json:
+        show_json({"items": [describe_report(one) for one in found]})
+        return
+    if not found:
+        click.echo(
+            "no report yet: the monitor writes one after each batch of predictions "
+            f"(phoenix-ml models monitoring {model_id} shows how many); drift check compares now"
+        )
+        return
+    report = msgspec.convert(found[0].report, DriftReport)
+    written = f"{found[0].rows} rows, written at {iso_time(found[0].created_at_ms)}"
+    show_drift_report(report, f"{model_id} {found[0].model_version}: {written}")
+
+
+def describe_rows(times_ms: Sequence[int], reference_rows: int) -> str:
+    from phoenix_ml.application.reports import iso_time
+
+    if not times_ms:
+        return "no predictions yet"
+    between = f"from {iso_time(min(times_ms))} to {iso_time(max(times_ms))}"
+    return f"{len(times_ms)} predictions {between} beside {reference_rows} rows of the reference"
+
+
+def show_drift_report(report: "DriftReport", title: str) -> None:
+    from phoenix_ml.infrastructure.console.drift import drift_table
+
+    console = Console(width=max(Console().width, 120))
+    console.print(title, highlight=False, markup=False)
+    console.print(drift_table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+@main.group()
+def incidents() -> None:
+    """What is wrong with a model: one incident a cause, from its opening to its end."""
+
+
+@incidents.command("list")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--unresolved", is_flag=True, help="Only what has not ended.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
+@data_option
+@json_option
+@example("phoenix-ml incidents list --unresolved")
+def incidents_list(
+    model_id: str | None,
+    unresolved: bool,
+    limit: int,
+    cursor: str | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Incidents, the latest opened first."""
+    from phoenix_ml.application.ports import IncidentQuery
+    from phoenix_ml.application.reports import describe_incident
+
+    with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
+        query = IncidentQuery(model_id, None, unresolved, limit, cursor)
+        found, next_cursor = phoenix.monitoring.incidents(query)
+    items = [describe_incident(one) for one in found]
+    if as_json:
+        show_json({"items": items, "next_cursor": next_cursor})
+        return
+    if not items:
+        click.echo("no incidents")
+        return
+    table = Table("opened", "model", "version", "status", "severity", "summary", "id", box=None)
+    for item in items:
+        cells = (item["opened_at"], item["model_id"], item["model_version"], item["status"], item["severity"])
+        table.add_row(*map(str, cells), escape(item["summary"]), item["incident_id"])
+    print_wide(table)
+    if next_cursor:
+        click.echo(f"more: --cursor {next_cursor}")
+
+
+@incidents.command("ack")
+@click.argument("incident_id")
+@data_option
+@json_option
+@example("phoenix-ml incidents ack 01928c5a-…")
+def incidents_ack(incident_id: str, data: Path | None, as_json: bool) -> None:
+    """Say that a person knows of the incident; it goes on being watched."""
+    from phoenix_ml.application.reports import describe_incident
+
+    with opened(data) as phoenix:
+        incident = phoenix.monitoring.acknowledge(incident_id, actor(), time.time_ns() // 1_000_000)
+    if as_json:
+        show_json(describe_incident(incident))
+        return
+    click.echo(f"{incident.id} acknowledged by {incident.acknowledged_by}: {incident.summary}")
+
+
+@main.group()
+def heal() -> None:
+    """Models that suffer are trained again, checked, and put beside their champion."""
+
+
+@heal.command("status")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@data_option
+@json_option
+@example("phoenix-ml heal status")
+def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bool) -> None:
+    """Retrain jobs, the latest requested first."""
+    from phoenix_ml.application.ports import JobQuery
+    from phoenix_ml.application.reports import describe_job
+
+    with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
+        items = [describe_job(job) for job in phoenix.retrain_jobs.page(JobQuery(model_id, limit))]
+        trainer = phoenix.settings.trainer
+    if as_json:
+        show_json({"items": items, "has_trainer": bool(trainer)})
+        return
+    if not trainer:
+        click.echo("no trainer is set (PHOENIX_TRAINER): requests wait")
+    if not items:
+        click.echo("no retrain jobs")
+        return
+    table = Table("requested", "model", "version", "status", "new version", "reason", "error", "id", box=None)
+    for item in items:
+        told = (
+            "requested_at",
+            "model_id",
+            "model_version",
+            "status",
+            "new_version",
+            "reason",
+            "error",
+            "job_id",
+        )
+        table.add_row(*(escape(str(item[name] or "")) for name in told))
+    print_wide(table)
+
+
+@heal.command("run")
+@click.argument("model_id")
+@data_option
+@json_option
+@example("phoenix-ml heal run credit-risk")
+def heal_run(model_id: str, data: Path | None, as_json: bool) -> None:
+    """Ask for a retraining of the champion now, whatever the monitor thinks."""
+    from phoenix_ml.application.reports import describe_job
+    from phoenix_ml.application.retraining import ask_for_retraining
+
+    with opened(data) as phoenix:
+        now_ms = time.time_ns() // 1_000_000
+        job = ask_for_retraining(phoenix.registry, phoenix.retrain_jobs, model_id, actor(), now_ms)
+    if as_json:
+        show_json(describe_job(job))
+        return
+    click.echo(f"{job.id} is asked for: {model_id} {job.model_version}; heal status tells how it goes")
+
+
+def set_paused(model_id: str, paused: bool, data: Path | None, as_json: bool) -> None:
+    with opened(data) as phoenix:
+        phoenix.monitoring.change_settings(model_id, {"healing_paused": paused or None}, actor())
+    if as_json:
+        show_json({"model_id": model_id, "healing_paused": paused})
+        return
+    click.echo(
+        f"no retraining of {model_id} is asked for until heal resume"
+        if paused
+        else f"retrainings of {model_id} are asked for again"
+    )
+
+
+@heal.command("pause")
+@click.argument("model_id")
+@data_option
+@json_option
+@example("phoenix-ml heal pause credit-risk")
+def heal_pause(model_id: str, data: Path | None, as_json: bool) -> None:
+    """Ask for no retraining of a model; `*` stands for all models."""
+    set_paused(model_id, True, data, as_json)
+
+
+@heal.command("resume")
+@click.argument("model_id")
+@data_option
+@json_option
+@example("phoenix-ml heal resume credit-risk")
+def heal_resume(model_id: str, data: Path | None, as_json: bool) -> None:
+    """Ask for retrainings again."""
+    set_paused(model_id, False, data, as_json)
