@@ -163,6 +163,22 @@ def test_the_trainer_never_sees_what_versions_are_compared_over(phoenix: Phoenix
     assert not any(map(is_held_out, exported["_prediction_id"]))
 
 
+def test_a_retrained_version_is_held_to_what_it_does_on_rows_that_it_has_not_learned(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """By its own training rows it would be held to less errors than it can do, and be blamed at once."""
+    ask(phoenix)
+
+    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+
+    exported = read_columns(next((tmp_path / "healing").glob("*/export.parquet")))
+    trained_on = len(exported["_prediction_id"])
+    baseline = phoenix.registry.get("risk", "1.1.0").metadata.baseline
+    assert baseline is not None
+    assert baseline.quality is not None
+    assert (baseline.rows, baseline.quality.n) == (ROWS, ROWS - trained_on)
+
+
 @pytest.mark.parametrize(
     ("program", "status", "words"),
     [

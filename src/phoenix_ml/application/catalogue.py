@@ -61,11 +61,13 @@ class Reference(msgspec.Struct, frozen=True):
     """Rows that a version was trained on, or tested with: what its predictions are compared with.
 
     ``time`` names the column that orders them, ``outcome`` the one with the truth; neither needs to be a feature.
+    ``unseen`` are the places of rows that the version was not trained on: its errors are measured over these alone.
     """
 
     columns: Mapping[str, Sequence[Any]]
     time: str | None = None
     outcome: str | None = None
+    unseen: Sequence[int] | None = None
 
     def column(self, name: str | None, field: str) -> Sequence[Any] | None:
         """Raises InvalidField for a name that no column has."""
@@ -235,11 +237,13 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
         )
     elements = _elements(metadata)
     rows = max(len(column) for column in columns.values())
-    scored = columns
-    if rows > SCORED_ROWS and order is None:
+    scored, scored_order, chosen = columns, order, reference.unseen
+    if chosen is None and rows > SCORED_ROWS and order is None:
         chosen = [i * rows // SCORED_ROWS for i in range(SCORED_ROWS)]
+    if chosen is not None:
         scored = {name: [column[i] for i in chosen] for name, column in columns.items()}
         outcomes = None if outcomes is None else [outcomes[i] for i in chosen]
+        scored_order = None if order is None else [order[i] for i in chosen]
     outputs = score(engine, metadata, scored)
     if outcomes is not None and isinstance(outputs.results[0], list):
         raise InvalidField("a model with several answers a row has no outcome column", field="outcome")
@@ -247,7 +251,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
         scored,
         metadata.contract,
         elements=elements,
-        time=order,
+        time=scored_order,
         outputs=outputs,
         outcomes=outcomes,
         task=metadata.task,
@@ -256,7 +260,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
     if scored is columns:
         return baseline
     # The scores are compared over fewer rows than the features, each as many as it has.
-    whole = describe_reference(columns, metadata.contract, elements=elements)
+    whole = describe_reference(columns, metadata.contract, elements=elements, time=order)
     return msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
 
 

@@ -16,7 +16,15 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from phoenix_ml.application.catalogue import Reference, Registration, activate, register, score, set_routing
+from phoenix_ml.application.catalogue import (
+    SCORED_ROWS,
+    Reference,
+    Registration,
+    activate,
+    register,
+    score,
+    set_routing,
+)
 from phoenix_ml.application.export import (
     OUTCOME_COLUMN,
     TIME_COLUMN,
@@ -56,7 +64,7 @@ MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
 )
 FEWEST_HELD_OUT = 50
 # The newest: with many of the world as it was, the champion that suffers now would win.
-_MOST_COMPARED = 500
+_MOST_COMPARED = 200
 _LEASE_MS = 60_000
 _RENEWED_BEFORE_MS = 40_000
 _FIRST_PAUSE_MS = 60_000
@@ -318,7 +326,7 @@ class Healer:
         champion, model = self._champion(job), self._model_of(job)
         assert model is not None
         contract = self._contract(job, model, champion)
-        held_out = self._held_out(job, champion)
+        held_out = self._held_out(job, champion, _MOST_COMPARED)
         try:
             comparison = self._compare(model, contract, champion, held_out)
         except Unavailable:
@@ -390,16 +398,16 @@ class Healer:
         outcomes = [row[OUTCOME_COLUMN] for row in held_out]
         return compare(champion.metadata.task, new.results, old.results, outcomes)
 
-    def _held_out(self, job: RetrainJob, champion: ModelVersion) -> list[dict[str, Any]]:
+    def _held_out(self, job: RetrainJob, champion: ModelVersion, most: int) -> list[dict[str, Any]]:
         """The newest predictions with outcomes that the trainer has not had."""
         found: list[dict[str, Any]] = []
         for page in self._rows(job, champion):
             found += [
                 row for row in page if row[OUTCOME_COLUMN] is not None and is_held_out(row["_prediction_id"])
             ]
-            if len(found) >= _MOST_COMPARED:
+            if len(found) >= most:
                 break
-        return found[:_MOST_COMPARED]
+        return found[:most]
 
     def _contract(self, job: RetrainJob, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
         """What the trainer says of its features, or those of the champion."""
@@ -419,7 +427,11 @@ class Healer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._export(job, champion, path, lambda: True)
         columns = self._read_columns(path)
-        return Reference(columns, TIME_COLUMN, OUTCOME_COLUMN)
+        trained_on = len(columns[OUTCOME_COLUMN])
+        unseen = self._held_out(job, champion, SCORED_ROWS)
+        whole = {name: [*column, *(row[name] for row in unseen)] for name, column in columns.items()}
+        # By rows that it has learned it would be held to what it cannot do.
+        return Reference(whole, TIME_COLUMN, OUTCOME_COLUMN, range(trained_on, trained_on + len(unseen)))
 
     def _route(self, model_id: str, champion: ModelVersion, version: ModelVersion) -> str:
         """What became of the routing, in words; done twice it is as done once."""

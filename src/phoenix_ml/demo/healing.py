@@ -40,9 +40,9 @@ BATCH_ROWS = 500
 APPLICANTS_A_DAY = 250
 _DEADLINE_S = 120.0
 _DAYS_BESIDE = 6
-# What changes on day 9: prices and incomes rise, and a quarter of the applicants work for platforms, where
-# seven in ten of those who would have paid do not.
-INFLATION, NEW_JOB, NEW_JOB_SHARE, NEW_JOB_RISK = 1.6, "platform", 0.25, 0.7
+# What changes on day 9: prices and incomes rise, and three in ten applicants work for platforms, where
+# most of those who would have paid do not.
+INFLATION, NEW_JOB, NEW_JOB_SHARE, NEW_JOB_RISK = 1.6, "platform", 0.3, 0.85
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None
     for story.day in range(1, 31):
         if story.day == 9:
             story.say(
-                f"[bold yellow]the world changes[/]: incomes × {INFLATION}, and a quarter of the applicants has the job "
+                f"[bold yellow]the world changes[/]: incomes × {INFLATION}, and three in ten applicants have the job "
                 f"'{NEW_JOB}', which the model has never seen"
             )
         source = usual if story.day < 9 else changed
@@ -210,11 +210,10 @@ def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None
         people = [next(changed) for _ in range(APPLICANTS_A_DAY)]
         _, last_id = asyncio.run(_live(url, MODEL_NAME, people))
         _await_monitor(phoenix, story, MODEL_NAME, last_id)
+    story.say(f"champion and challenger side by side, since day {story.day - _DAYS_BESIDE}:")
     query = PredictionQuery(MODEL_NAME, since_ms=since_ms, limit=_DAYS_BESIDE * APPLICANTS_A_DAY)
     rows, _ = phoenix.prediction_log.page(query)
-    story.show(
-        version_table(rows, f"\nChampion and challenger, side by side since day {story.day - _DAYS_BESIDE}")
-    )
+    story.show(version_table(rows))
     story.say(
         f"a person decides who stays, such as by: {typed_command()} models routing {MODEL_NAME} 1.1.0\n"
     )

@@ -246,7 +246,7 @@ def _await_log(phoenix: Phoenix, expected: int) -> list[LoggedPrediction]:
         time.sleep(0.1)
 
 
-def version_table(rows: Sequence[LoggedPrediction], title: str) -> Table:
+def version_table(rows: Sequence[LoggedPrediction], title: str | None = None) -> Table:
     """Accuracy and AUC by version, of logged answers that all have an outcome."""
     from sklearn.metrics import accuracy_score, roc_auc_score
 
