@@ -5,7 +5,7 @@ in the log, once, as it was answered, and no caller has waited for it.
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,14 +14,9 @@ import msgspec
 import psycopg
 import pytest
 from confluent_kafka import (
-    ConsumerGroupTopicPartitions,
-    KafkaError,
-    KafkaException,
     Message,
-    Producer,
-    TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from log_group import PARTITIONS, Group
 from numbered import MODEL, assert_exactly_once, make_body, register_champion_and_challenger
 from phoenix_server import PhoenixServer
 from proxy import FaultProxy
@@ -30,7 +25,6 @@ from servers import HOST, KafkaServer, PostgresServer, new_prefix, wait_until
 from traffic import Traffic, await_logged, logged
 
 from phoenix_ml.infrastructure.events.cloudevents import encode_record
-from phoenix_ml.infrastructure.events.kafka import DEAD_EVENTS, INFERENCE_EVENTS, Kafka
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -41,8 +35,6 @@ CALL_DEADLINE_S = 2.0
 # Kafka takes a member that says nothing for dead after 10 s.
 SESSION_S = 10.0
 TAKEOVER_S = SESSION_S + 5.0
-PARTITIONS = 6
-GROUP = "phoenix-log"
 
 MakeServer: TypeAlias = Callable[..., PhoenixServer]
 
@@ -131,100 +123,6 @@ def metric(server: PhoenixServer, name: str) -> float:
     """The metric's value, over all processes."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
-
-
-class Group:
-    """What Kafka says of the log workers and of how far they have come."""
-
-    def __init__(self, server: PhoenixServer) -> None:
-        self._kafka = Kafka(server.settings.events, PARTITIONS)
-        self._name = self._kafka.full_name(GROUP)
-        self._topic = self._kafka.full_name(INFERENCE_EVENTS)
-        servers = server.settings.events.removeprefix("kafka://").partition("/")[0]
-        self._admin = AdminClient({"bootstrap.servers": servers, "log_level": 0})
-
-    def assignments(self) -> dict[str, int]:
-        """The partitions that each member has; empty while the group is not settled."""
-        found = self._admin.describe_consumer_groups([self._name])[self._name].result()
-        if found.state.name != "STABLE":
-            return {}
-        return {member.member_id: len(member.assignment.topic_partitions) for member in found.members}
-
-    def await_members(self, *partitions: int, deadline_s: float = 30.0) -> set[str]:
-        """Their ids, once there are members with so many partitions each."""
-        wait_until(
-            lambda: sorted(self.assignments().values()) == sorted(partitions),
-            deadline_s,
-            f"the group has members with {partitions} partitions",
-        )
-        return set(self.assignments())
-
-    def recorded(self) -> int:
-        """How many events the topic holds."""
-        return sum(self._ends().values())
-
-    def await_caught_up(self) -> None:
-        """Returns when every event of the topic is told to be logged."""
-        wait_until(lambda: self._committed() == self._ends(), 30, "all is logged and committed")
-
-    def rewind(self) -> None:
-        """The group, which must have no member, begins again with the first event."""
-        first = [TopicPartition(self._topic, number, 0) for number in range(PARTITIONS)]
-        request = ConsumerGroupTopicPartitions(self._name, first)
-        (future,) = self._admin.alter_consumer_group_offsets([request]).values()
-        assert [partition.error for partition in future.result().topic_partitions] == [None] * PARTITIONS
-
-    def dead(self, count: int) -> list[Message]:
-        """So many messages of the dead topic, in their order."""
-        messages: list[Message] = []
-        consumer = self._kafka.consumer("check")
-        consumer.assign([TopicPartition(self._kafka.full_name(DEAD_EVENTS), 0, 0)])
-
-        def there() -> bool:
-            messages.extend(consumer.consume(count, 0.5))
-            return len(messages) >= count
-
-        try:
-            wait_until(there, 30, f"{count} dead letters")
-        finally:
-            consumer.close()
-        return messages
-
-    def produce(self, messages: list[tuple[bytes, bytes, list[tuple[str, bytes]]]]) -> list[str]:
-        """Where each message (key, value, headers) came to stand: TOPIC[PARTITION]@OFFSET."""
-        places: list[str] = []
-
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            assert error is None
-            places.append(f"{message.topic()}[{message.partition()}]@{message.offset()}")
-
-        producer: Producer = self._kafka.producer()
-        for key, value, headers in messages:
-            producer.produce(self._topic, value, key, headers=headers, on_delivery=delivered)  # type: ignore[arg-type]
-            producer.flush()
-        return places
-
-    def _ends(self) -> dict[int, int]:
-        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        asked = {TopicPartition(self._topic, number): latest for number in range(PARTITIONS)}
-        ends: dict[int, int] = {}
-
-        def asked_all() -> bool:
-            # A broker that was frozen or killed takes a moment to agree with itself about who leads.
-            with suppress(KafkaException):
-                found = self._admin.list_offsets(asked).items()
-                ends.update({p.partition: f.result().offset for p, f in found})
-                return True
-            return False
-
-        wait_until(asked_all, 30, "Kafka tells the ends of its partitions")
-        return {number: end for number, end in ends.items() if end > 0}
-
-    def _committed(self) -> dict[int, int]:
-        (future,) = self._admin.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(self._name)]
-        ).values()
-        return {p.partition: p.offset for p in future.result().topic_partitions}
 
 
 def at_once(*actions: Callable[[], object]) -> list[object]:
