@@ -20,7 +20,7 @@ from phoenix_ml.application.catalogue import Reference, Registration, activate, 
 from phoenix_ml.application.export import is_held_out
 from phoenix_ml.application.heal import Healer, HealerSettings
 from phoenix_ml.application.monitoring import Monitor
-from phoenix_ml.application.ports import IncidentQuery, RecordedEvent, RemoteTrainer
+from phoenix_ml.application.ports import IncidentQuery, RecordedEvent, RemoteTrainer, TrainingRequest
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.errors import ArtifactStoreUnavailable, JobConflict
@@ -524,6 +524,30 @@ def test_a_healer_that_died_while_it_asked_asks_for_the_same_run(phoenix: Phoeni
     assert job is not None
     assert (job.status, job.owner, job.attempts) == (JobStatus.TRAINING, "outside", 1)
     assert [headers["webhook-id"] for _, headers, _ in outside.calls] == ["a" * 32 + "-1"]
+
+
+class Eager:
+    """It has trained before it says that it will."""
+
+    def __init__(self, phoenix: Phoenix, folder: Path) -> None:
+        self._where = phoenix, folder
+
+    def ask(self, request: TrainingRequest) -> None:
+        hand_in(*self._where)
+
+
+def test_a_model_that_is_handed_in_before_the_trainer_has_answered_is_taken(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A small webhook trains while its caller waits."""
+    ask(phoenix)
+    doctor = healer_with(phoenix, tmp_path, Eager(phoenix, tmp_path))
+
+    doctor.step(lambda: True)
+    job = doctor.step(lambda: True)
+
+    assert job is not None
+    assert (job.status, job.attempts) == (JobStatus.REGISTERED, 1)
 
 
 def test_an_outside_trainer_that_says_nothing_is_asked_again_and_then_given_up(

@@ -294,9 +294,14 @@ class Healer:
             evidence=job.evidence,
             since_ms=self._since_ms(job),
         )
+        # First: a trainer may hand its model in before it has answered.
+        handed = self._jobs.hand_over(job, self._now_ms() + _LEASE_MS, {"asking": request.run_id})
+        if handed is None:
+            return None
+        self._held = handed
         self._trainer.ask(request)
         until_ms = self._now_ms() + round(self._settings.limit_s * 1000)
-        return self._jobs.hand_over(job, until_ms, request.run_id)
+        return self._jobs.hand_over(handed, until_ms, {"asked": request.run_id})
 
     def _export(
         self, job: RetrainJob, champion: ModelVersion, path: Path, still_mine: Callable[[], bool]

@@ -669,7 +669,7 @@ class RetrainJobs(Protocol):
         """False when the job is somebody else's by now: then it must be left alone."""
         ...
 
-    def hand_over(self, job: RetrainJob, until_ms: int, run_id: str) -> RetrainJob | None:
+    def hand_over(self, job: RetrainJob, until_ms: int, result: Mapping[str, Any]) -> RetrainJob | None:
         """The job as one that a system outside works on; None when it is somebody else's by now."""
         ...
 

@@ -82,8 +82,8 @@ class SqlRetrainJobs:
     def renew(self, job: RetrainJob, until_ms: int) -> bool:
         return self._change(job, {"owned_until": until_ms}) is not None
 
-    def hand_over(self, job: RetrainJob, until_ms: int, run_id: str) -> RetrainJob | None:
-        return self._change(job, {"owner": OUTSIDE, "owned_until": until_ms, "result": {"asked": run_id}})
+    def hand_over(self, job: RetrainJob, until_ms: int, result: Mapping[str, Any]) -> RetrainJob | None:
+        return self._change(job, {"owner": OUTSIDE, "owned_until": until_ms, "result": dict(result)})
 
     def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
         check_step(job.status, status)
