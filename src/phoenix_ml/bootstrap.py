@@ -20,6 +20,7 @@ from phoenix_ml.application.ports import (
     Monitoring,
     PredictionLog,
     Registry,
+    RemoteTrainer,
     RetrainJobs,
 )
 from phoenix_ml.application.predict import Predict
@@ -30,6 +31,7 @@ from phoenix_ml.settings import Settings
 if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml --help` need not wait for
     from phoenix_ml.infrastructure.events.kafka import Kafka, ModelAnnouncer
     from phoenix_ml.infrastructure.sql.database import Database
+    from phoenix_ml.infrastructure.training.process import ProcessTrainer
 
 _REDIS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
 
@@ -68,9 +70,10 @@ def bootstrap(settings: Settings) -> Phoenix:
     from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 
     kafka = open_kafka(settings)
+    # Neither connects yet: what no process could use is said before there are any.
     if _scheme(settings.features) != "sqlite":
-        # It does not connect yet: what no process could use is said before there are any.
         open_features(settings)
+    open_trainer(settings)
     if not settings.database:
         make_data_folder(settings)
     database = Database(settings.database_url)
@@ -137,6 +140,21 @@ def open_features(settings: Settings, deadline_ms: float | None = None) -> Featu
             raise Misconfigured("Redis needs its client: pip install 'phoenix-ml[redis]'") from exc
         return RedisFeatures(url, deadline_ms or settings.features_deadline_ms)
     raise _unknown_scheme("PHOENIX_FEATURES", url, ["sqlite:", *(f"{scheme}://" for scheme in _REDIS)])
+
+
+def open_trainer(settings: Settings) -> ProcessTrainer | RemoteTrainer | None:
+    """The trainer that the settings name; None where they name none. Raises Misconfigured."""
+    if not settings.trainer:
+        return None
+    kind, _, command = settings.trainer.partition(":")
+    if kind != "process":
+        from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
+
+        return open_remote_trainer(settings.trainer, settings.trainer_token)
+    from phoenix_ml.infrastructure.training.process import ProcessTrainer
+
+    memory = settings.trainer_memory_mib * 1024 * 1024
+    return ProcessTrainer(command.strip(), limit_s=settings.trainer_limit_s, memory_bytes=memory or None)
 
 
 def cache_features(

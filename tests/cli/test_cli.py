@@ -198,6 +198,9 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(arguments: list[str]) -
         ({"PHOENIX_FEATURES": "memcached://x"}, "sqlite:, redis://"),
         ({"PHOENIX_EVENTS": "rabbit://x"}, "local:"),
         ({"PHOENIX_ARTIFACTS": "ftp://x"}, "file:"),
+        ({"PHOENIX_TRAINER": "cron:x"}, "process:COMMAND"),
+        ({"PHOENIX_TRAINER": "process:python {data}"}, "{export}"),
+        ({"PHOENIX_TRAINER": "github:me/repo"}, "PHOENIX_TRAINER_TOKEN"),
     ],
     ids=str,
 )

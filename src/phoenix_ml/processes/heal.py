@@ -7,17 +7,13 @@ import socket
 import threading
 import time
 
-from phoenix_ml.application.ports import RemoteTrainer
-from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.bootstrap import Phoenix, open_trainer
 from phoenix_ml.domain.errors import Unavailable
 from phoenix_ml.domain.healing import JobStatus
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.tables import read_columns, write_table
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
-from phoenix_ml.infrastructure.training.process import ProcessTrainer
-from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
-from phoenix_ml.settings import Settings
 
 log = logging.getLogger(__name__)
 _PAUSE_S = 1.0
@@ -86,14 +82,3 @@ class HealRole:
         for status in JobStatus:
             self._metrics.gauge(catalogue.RETRAIN_JOBS, status=status.value).set(counts.get(status, 0))
         self._heartbeat.set(time.time())
-
-
-def open_trainer(settings: Settings) -> ProcessTrainer | RemoteTrainer | None:
-    """The trainer that the settings name; None where they name none. Raises Misconfigured."""
-    if not settings.trainer:
-        return None
-    kind, _, rest = settings.trainer.partition(":")
-    if kind != "process":
-        return open_remote_trainer(settings.trainer, settings.trainer_token)
-    memory = settings.trainer_memory_mib * 1024 * 1024
-    return ProcessTrainer(rest.strip(), limit_s=settings.trainer_limit_s, memory_bytes=memory or None)
