@@ -28,6 +28,7 @@ from click.testing import CliRunner, Result
 from lanes import ServerLane, ok
 from phoenix_server import PhoenixServer
 from pyarrow import parquet
+from receiver import receiving
 from servers import free_port, wait_until
 
 from phoenix_ml.cli import main
@@ -867,6 +868,22 @@ def test_a_port_in_use_is_said_to_be(server: PhoenixServer, tmp_path: Path) -> N
     assert f"127.0.0.1:{server.port}" in done.stderr
     assert "choose another --port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_test_alert_shows_which_channel_takes_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong URL is to be found before the night in which it matters."""
+    with receiving() as good, receiving() as bad:
+        bad.status = 403
+        urls = [f"webhook+http://{one.host}/secret" for one in (good, bad)]
+        monkeypatch.setenv("PHOENIX_ALERTS", " ".join(urls))
+        done = run("alerts", "test", "--json", code=1)
+
+    outcomes = json.loads(done.stdout)
+    assert list(outcomes.values()) == ["told", "failed: HTTP 403"]
+    assert "secret" not in done.stdout
+    (_, _, body), *_ = good.calls
+    assert json.loads(body)["data"]["title"] == "Phoenix ML: a test"
+    assert "no alerts" in run("alerts", "list").stdout
 
 
 # Processes of their own.

@@ -1,5 +1,6 @@
-"""``drift``, ``incidents`` and ``heal``: what watches models, and makes them well."""
+"""``drift``, ``incidents``, ``alerts`` and ``heal``: what watches models, and makes them well."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,78 @@ def incidents_ack(incident_id: str, data: Path | None, as_json: bool) -> None:
         show_json(describe_incident(incident))
         return
     click.echo(f"{incident.id} acknowledged by {incident.acknowledged_by}: {incident.summary}")
+
+
+@main.group()
+def alerts() -> None:
+    """What people are told, and whether it reaches them."""
+
+
+@alerts.command("list")
+@click.option("--model", "model_id", help="Only this model.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
+@data_option
+@json_option
+@example("phoenix-ml alerts list")
+def alerts_list(
+    model_id: str | None, limit: int, cursor: str | None, data: Path | None, as_json: bool
+) -> None:
+    """Alerts, the newest first."""
+    from phoenix_ml.application.reports import describe_alert
+
+    with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
+        found, next_cursor = phoenix.monitoring.alerts(model_id, limit, cursor)
+    items = [describe_alert(one) for one in found]
+    if as_json:
+        show_json({"items": items, "next_cursor": next_cursor})
+        return
+    if not items:
+        click.echo("no alerts")
+        return
+    table = Table("told", "severity", "what", "id", box=None)
+    for item in items:
+        table.add_row(item["created_at"], item["severity"], escape(item["title"]), item["alert_id"])
+    print_wide(table)
+    if next_cursor:
+        click.echo(f"more: --cursor {next_cursor}")
+
+
+@alerts.command("test")
+@data_option
+@json_option
+@example("phoenix-ml alerts test")
+def alerts_test(data: Path | None, as_json: bool) -> None:
+    """Tell every channel of PHOENIX_ALERTS a test alert, now; exit code 1 when one does not take it."""
+    from phoenix_ml.application.ports import Delivery, DeliveryFailed
+    from phoenix_ml.domain.ids import new_id
+    from phoenix_ml.domain.incidents import Alert, Severity
+    from phoenix_ml.infrastructure.alerts.channels import open_channels
+
+    at_ms = time.time_ns() // 1_000_000
+    words = f"{actor()} has typed: phoenix-ml alerts test"
+    alert = Alert(new_id(), "test", "0.0.0", Severity.WARNING, "Phoenix ML: a test", words, (), at_ms)
+    outcomes: dict[str, str] = {}
+    with opened(data) as phoenix:
+        settings = phoenix.settings
+        for name, channel in open_channels(settings.alerts, settings.alerts_secret, phoenix.kafka).items():
+            try:
+                channel.tell(Delivery(alert.id, name, "alert", msgspec.to_builtins(alert), at_ms, 1))
+                outcomes[name] = "told"
+            except DeliveryFailed as exc:
+                outcomes[name] = f"failed: {exc}"
+            channel.close()
+    if as_json:
+        show_json(outcomes)
+    else:
+        table = Table("channel", "result", box=None)
+        for name, outcome in outcomes.items():
+            table.add_row(escape(name), escape(outcome))
+        print_wide(table)
+    if any(outcome != "told" for outcome in outcomes.values()):
+        sys.exit(1)
 
 
 @main.group()
