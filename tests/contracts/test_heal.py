@@ -183,6 +183,7 @@ def test_a_retrained_version_is_held_to_what_it_does_on_rows_that_it_has_not_lea
     ("program", "status", "words"),
     [
         (TAKES % "wrong", JobStatus.REJECTED, "it is worse than 1.0.0: 6 against 2.75"),
+        (TAKES % "champion", JobStatus.REJECTED, "it is the very file of 1.0.0"),
         ("open(f'{out}/model.onnx', 'wb').write(b'garbage')", JobStatus.REJECTED, "not an ONNX model"),
         ("raise SystemExit(3)", JobStatus.REQUESTED, "exit code 3"),
         ("pass", JobStatus.REQUESTED, "left no model.onnx"),

@@ -330,6 +330,8 @@ class Healer:
         """Registers the model where it is fit to be a challenger. Raises Rejected."""
         champion, model = self._champion(job), self._model_of(job)
         assert model is not None
+        if _digest(model) == champion.sha256:
+            raise Rejected(f"it is the very file of {champion.version}")
         contract = self._contract(job, model, champion)
         held_out = self._held_out(job, champion, _MOST_COMPARED)
         try:
