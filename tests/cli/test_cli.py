@@ -27,7 +27,7 @@ import zoo
 from click.testing import CliRunner, Result
 from lanes import ServerLane, ok
 from phoenix_server import PhoenixServer
-from pyarrow import parquet
+from pyarrow import csv, parquet
 from receiver import receiving
 from servers import free_port, wait_until
 
@@ -790,6 +790,59 @@ def test_the_servers_refusals_are_shown_with_the_servers_codes(
 ) -> None:
     """As if the command had found out itself."""
     fails(on(server, "predict", *arguments), code)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_file_is_scored_without_a_server(run: Run, model: Path, tmp_path: Path, suffix: str) -> None:
+    """Row by row as the server would answer, with all that the file had, over several pages."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    rows = 10_000
+    table = pa.table({"id": list(range(rows)), **{f"x_{i}": [float(i)] * rows for i in range(3)}})
+    source, target = tmp_path / f"rows{suffix}", tmp_path / f"scored{suffix}"
+    write, read = (
+        (parquet.write_table, parquet.read_table) if suffix == ".parquet" else (csv.write_csv, csv.read_csv)
+    )
+    write(table, source)
+
+    done = run("predict", "m", "--input", str(source), "--output", str(target))
+
+    assert done.stdout == f"wrote 10,000 rows with the answers of m 1.0.0 to {target}\n"
+    scored = read(target)
+    assert scored.schema.names == ["id", "x_0", "x_1", "x_2", "_result"]
+    assert scored["id"].to_pylist() == list(range(rows))
+    assert scored["_result"].to_pylist() == [8.0] * rows
+
+
+def test_a_file_that_cannot_be_scored_leaves_no_output(run: Run, model: Path, tmp_path: Path) -> None:
+    """A half of an output would be taken for the whole."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    source, target = tmp_path / "rows.csv", tmp_path / "scored.csv"
+    source.write_text("x_0,x_1,x_2\n1,1,1\n1,,1\n")
+
+    lacking = run("predict", "m", "--input", str(source), "--output", str(target), code=1)
+    source.write_text("x_0,x_1\n1,1\n")
+    narrow = run("predict", "m", "--input", str(source), "--output", str(target), code=1)
+    absent = run("predict", "m", "--input", str(tmp_path / "no.csv"), "--output", str(target), code=1)
+
+    assert "row 2: feature 'x_1' is required and missing" in fails(lacking, "feature_missing")
+    assert "the table has no column x_2" in fails(narrow, "feature_missing")
+    assert "there is no such file" in fails(absent, "invalid_field")
+    assert not list(tmp_path.glob("*scored*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["m", "--model", "m"],
+        ["m", "--input", "x.csv"],
+        ["m", "--output", "x.csv"],
+        ["m", "--input", "x.csv", "--output", "y.csv", "--entity", "e"],
+    ],
+)
+def test_a_prediction_that_is_asked_for_in_two_ways_is_refused(arguments: list[str]) -> None:
+    """Before anything is read or written."""
+    assert CliRunner().invoke(main, ["predict", *arguments]).exit_code == 2
 
 
 def test_without_a_server_a_prediction_says_how_to_start_one() -> None:

@@ -1191,6 +1191,9 @@ class Paced:
         self.now_s += self.run_s + self.row_s * len(rows)
         return Outputs([0.0] * len(rows))
 
+    def run_columns(self, columns: Mapping[str, Any], count: int) -> Outputs:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(
     ("run_us", "row_us", "batches", "limit"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from phoenix_ml.domain.events import Event, PredictionMade
 from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
@@ -26,6 +27,10 @@ class Engine(Protocol):
 
         Raises InferenceFailed with the runtime's own words, and RowCountWrong when there are more or fewer results.
         """
+        ...
+
+    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> Outputs:
+        """As ``run``, of rows that are there as a column a feature, with the elements that the engine takes."""
         ...
 
 

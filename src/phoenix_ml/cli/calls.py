@@ -1,6 +1,7 @@
 """``predict`` and ``bench``: requests to a server that runs."""
 
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,29 +10,70 @@ from urllib.parse import quote
 import click
 import msgspec
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from phoenix_ml.cli.common import T, err, example, json_option, main, parse_value, show_json, url_option
+from phoenix_ml.cli.common import (
+    T,
+    data_option,
+    err,
+    example,
+    json_option,
+    main,
+    opened,
+    parse_value,
+    show_json,
+    url_option,
+    watched_version,
+)
 from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachable
 
 
 @main.command()
-@click.argument("model_id")
+@click.argument("model_id", metavar="[MODEL_ID]", required=False)
+@click.option("--model", help="The same as MODEL_ID.")
 @click.option("--entity", "entity_id", help="Whose stored features to use.")
 @click.option("--feature", "given", multiple=True, metavar="NAME=VALUE", help="A feature; repeat it.")
 @click.option("--version", "model_version", help="Ask this version instead of the routing's choice.")
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Score the rows of this file (.parquet, .csv) instead, here, without a server.",
+)
+@click.option(
+    "--output",
+    "target",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write (.parquet, .csv): the rows with their answers.",
+)
 @url_option
+@data_option
 @json_option
 @example("phoenix-ml predict credit-risk --entity cust_0001")
 def predict(
-    model_id: str,
+    model_id: str | None,
+    model: str | None,
     entity_id: str | None,
     given: tuple[str, ...],
     model_version: str | None,
+    source: Path | None,
+    target: Path | None,
     url: str,
+    data: Path | None,
     as_json: bool,
 ) -> None:
-    """Ask a running server for one prediction."""
+    """Ask a running server for one prediction, or score a file without a server."""
+    if (model_id is None) == (model is None):
+        raise click.UsageError("name the model once: phoenix-ml predict MODEL_ID")
+    model_id = model_id or str(model)
+    if (source is None) != (target is None):
+        raise click.UsageError("--input and --output go together: what to score, and where to write it")
+    if source is not None and target is not None:
+        if entity_id is not None or given:
+            raise click.UsageError("--input brings the features: leave out --entity and --feature")
+        score_file(model_id, model_version, source, target, data, as_json)
+        return
     body: dict[str, Any] = {"model_id": model_id}
     if entity_id is not None:
         body["entity_id"] = entity_id
@@ -50,6 +92,35 @@ def predict(
         f"[dim]{found.model_id} {found.model_version} as {found.role}, {found.latency_ms} ms, "
         f"id {found.prediction_id}[/]"
     )
+
+
+def score_file(
+    model_id: str, model_version: str | None, source: Path, target: Path, data: Path | None, as_json: bool
+) -> None:
+    """Writes the rows of a file with a version's answers. Nothing of it goes on record."""
+    from phoenix_ml.application.scoring import Scorer
+    from phoenix_ml.infrastructure.tables import extend_table
+
+    rows = 0
+    with (
+        opened(data) as phoenix,
+        Progress(*Progress.get_default_columns(), console=err, transient=True) as bar,
+    ):
+        version = watched_version(phoenix, model_id, model_version)
+        path = phoenix.artifacts.fetch(version.uri, version.sha256)
+        engine = phoenix.engines.load(path, version.metadata)
+        task = bar.add_task("scoring", total=1.0)
+        began_at = time.monotonic()
+        for done, share in extend_table(
+            source, target, lambda names: Scorer(engine, version.metadata, names)
+        ):
+            rows = done
+            bar.update(task, completed=share, description=f"scoring, {done:,} rows")
+        seconds = time.monotonic() - began_at
+    if as_json:
+        show_json({"rows": rows, "model_version": version.version, "file": str(target), "seconds": seconds})
+        return
+    click.echo(f"wrote {rows:,} rows with the answers of {model_id} {version.version} to {target}")
 
 
 def counts(_: click.Context, parameter: click.Parameter, text: str) -> list[int]:

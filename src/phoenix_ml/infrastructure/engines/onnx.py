@@ -205,18 +205,8 @@ class OnnxEngine:
 
     def _run_unbound(self, rows: Rows) -> Outputs:
         """A run whose outputs the runtime allocates; they tell what memory to keep for the next."""
-        try:
-            outputs = self._session._sess.run(self._wanted, self._feeds(rows), self._run_options)
-        except _RUNTIME_ERRORS as exc:
-            raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
         count = len(rows)
-        flat = self._flatten(outputs)
-        answered = [len(output) if isinstance(output, list) or output.ndim else 0 for output in flat]
-        if any(number != count for number in answered):
-            raise RowCountWrong(
-                f"the model answers {' and '.join(map(str, answered))} results for {count} "
-                f"row{'s' if count > 1 else ''}; the first dimension of its outputs must be the rows"
-            )
+        outputs, flat = self._run_feeds(self._feeds(rows), count)
         if count <= self._bound_rows:
             if all(_is_bindable(output, count) for output in outputs):
                 spec, width, _, dtype = self._inputs[0]
@@ -226,6 +216,34 @@ class OnnxEngine:
             else:
                 self._bound_rows = 0
         return self._answer(flat)
+
+    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> Outputs:
+        arrays = list(columns.values())
+        feeds = {}
+        for spec, width, start, _ in self._inputs:
+            if len(spec.shape) == 1:
+                feeds[spec.name] = arrays[start]
+            elif width == 1:
+                feeds[spec.name] = arrays[start].reshape(count, 1)
+            else:
+                feeds[spec.name] = np.stack(arrays[start : start + width], axis=1)
+        _, flat = self._run_feeds(feeds, count)
+        return self._answer(flat)
+
+    def _run_feeds(self, feeds: Mapping[str, NDArray[Any]], count: int) -> tuple[list[Any], list[Any]]:
+        """The outputs as they are, and with one number a row as a list of them has it."""
+        try:
+            outputs = self._session._sess.run(self._wanted, feeds, self._run_options)
+        except _RUNTIME_ERRORS as exc:
+            raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
+        flat = self._flatten(outputs)
+        answered = [len(output) if isinstance(output, list) or output.ndim else 0 for output in flat]
+        if any(number != count for number in answered):
+            raise RowCountWrong(
+                f"the model answers {' and '.join(map(str, answered))} results for {count} "
+                f"row{'s' if count > 1 else ''}; the first dimension of its outputs must be the rows"
+            )
+        return outputs, flat
 
     def _bind(self, memory: _Memory, count: int) -> _Bound:
         binding = self._session.io_binding()
