@@ -206,7 +206,11 @@ class OnnxEngine:
     def _run_unbound(self, rows: Rows) -> Outputs:
         """A run whose outputs the runtime allocates; they tell what memory to keep for the next."""
         count = len(rows)
-        outputs, flat = self._run_feeds(self._feeds(rows), count)
+        try:
+            feeds = self._feeds(rows)
+        except _RUNTIME_ERRORS as exc:
+            raise InferenceFailed(f"these rows are not the model's: {exc}") from exc
+        outputs, flat = self._run_feeds(feeds, count)
         if count <= self._bound_rows:
             if all(_is_bindable(output, count) for output in outputs):
                 spec, width, _, dtype = self._inputs[0]
