@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phoenix_ml.application.infer import Infer
 from phoenix_ml.application.ports import (
     ArtifactStore,
     DeadLetters,
@@ -111,6 +112,21 @@ def bootstrap_predict(
         queue_deadline_s=settings.queue_deadline_ms / 1000,
     )
     return live, predict
+
+
+def bootstrap_infer(
+    phoenix: Phoenix, live: LiveModels, predict: Predict, journal: Journal, meter: Meter
+) -> Infer:
+    """The use case of the Open Inference Protocol, over the same models."""
+    settings = phoenix.settings
+    return Infer(
+        live,
+        predict,
+        journal,
+        meter,
+        batch_limit=settings.batch_limit,
+        record_limit_bytes=settings.tensor_record_limit_bytes,
+    )
 
 
 def make_data_folder(settings: Settings) -> None:

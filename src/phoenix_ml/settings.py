@@ -63,6 +63,16 @@ class Settings(BaseSettings):
     )
 
     body_limit_bytes: int = Field(10 * _MIB, ge=1024, description="Largest JSON body.")
+    tensor_body_limit_bytes: int = Field(
+        64 * _MIB,
+        ge=1024,
+        description="Largest body of `POST /v2/models/…/infer`, and largest message over gRPC.",
+    )
+    tensor_record_limit_bytes: int = Field(
+        16 * 1024,
+        ge=0,
+        description="Largest tensor that is put on record whole; of a larger one the log has shape and SHA-256.",
+    )
     upload_limit_bytes: int = Field(2048 * _MIB, ge=1024, description="Largest body of `POST /models`.")
     batch_limit: int = Field(1000, ge=1, description="Most instances or outcomes in one request.")
     keep_alive_s: int = Field(75, ge=1, description="How long an idle connection is kept open.")

@@ -11,13 +11,14 @@ import click
 import httpx
 import pytest
 
-from phoenix_ml.bootstrap import bootstrap, bootstrap_predict, open_features
+from phoenix_ml.bootstrap import bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.cli import main
 from phoenix_ml.domain import errors
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
 from phoenix_ml.infrastructure.http.errors import status_of
+from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
@@ -164,7 +165,9 @@ async def _described(folder: Path) -> dict[str, Any]:
         meter = MetricsMeter(metrics)
         live, predict = bootstrap_predict(phoenix, features, journal, meter)
         calls = PredictionCalls(predict, live, journal, meter, body_limit_bytes=1024, batch_limit=1)
-        app: Any = build_app(phoenix, features, live, calls, lambda: "ok")
+        infer = bootstrap_infer(phoenix, live, predict, journal, meter)
+        infer_calls = InferCalls(infer, live, meter, body_limit_bytes=1024)
+        app: Any = build_app(phoenix, features, live, calls, infer_calls, lambda: "ok")
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             description: dict[str, Any] = (await client.get("/openapi.json")).raise_for_status().json()

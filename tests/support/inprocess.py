@@ -10,7 +10,7 @@ import onnx_models
 
 from phoenix_ml.application.catalogue import Registration, register
 from phoenix_ml.application.predict import Answer, Predict
-from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, open_features
+from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.domain.events import PredictionMade
 from phoenix_ml.domain.models import Stage
 from phoenix_ml.domain.predictions import PredictionRequest
@@ -35,6 +35,7 @@ class Server:
         self.features = open_features(self.settings)
         self.meter = MetricsMeter(self.metrics)
         self.live, self.predict = bootstrap_predict(self.phoenix, self.features, self.journal, self.meter)
+        self.infer = bootstrap_infer(self.phoenix, self.live, self.predict, self.journal, self.meter)
 
     def serve(self, model: bytes, *, batches: bool | None = None) -> None:
         """Registers and activates the model; ``batches`` overrules what the warm-up has measured."""

@@ -13,10 +13,11 @@ import httpx
 from phoenix_server import PhoenixServer
 from servers import wait_until
 
-from phoenix_ml.bootstrap import bootstrap, bootstrap_predict, open_features
+from phoenix_ml.bootstrap import bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import explored_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
+from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 
@@ -89,13 +90,16 @@ class RoutesLane:
             body_limit_bytes=settings.body_limit_bytes,
             batch_limit=settings.batch_limit,
         )
-        self._app = explored_app(phoenix, features, self._live, calls, lambda: "ok")
+        infer = bootstrap_infer(phoenix, self._live, predict, journal, meter)
+        infer_calls = InferCalls(infer, self._live, meter, body_limit_bytes=settings.tensor_body_limit_bytes)
+        self._app = explored_app(phoenix, features, self._live, calls, infer_calls, lambda: "ok")
         transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(
             transport=transport, base_url="http://localhost", timeout=ANSWER_DEADLINE_S
         )
         self._stack.callback(lambda: self._run(self._client.aclose()))
         self._stack.callback(lambda: self._run(predict.drain()))
+        self._stack.callback(lambda: self._run(infer.drain()))
 
     def request(
         self, method: str, path: str, chunks: Sequence[bytes] | None = None, **options: Any

@@ -49,6 +49,9 @@ def stock(server: PhoenixServer) -> None:
     server.register(typed(folder / "typed.onnx"), "typed", "1.0.0", contract=TYPED)
     server.register(lookup(folder / "lookup.onnx"), "lookup", "1.0.0")
     server.register(linear(folder / "idle.onnx", [1]), "idle", "1.0.0", activate=False)
+    server.register(every_type(folder / "types.onnx"), "types", "1.0.0")
+    server.register(every_type(folder / "brain.onnx", ["BF16", "INT8"]), "brain", "1.0.0")
+    server.register(outer_sum(folder / "outer.onnx"), "outer", "1.0.0")
 
 
 def linear(path: Path, weights: Sequence[float], bias: float = 0.0) -> Path:
@@ -107,6 +110,64 @@ def slow(path: Path, size: int = 320) -> Path:
     return _save(path, nodes, {"x": ("float", 1)}, {"y": ("float", 1)}, constants)
 
 
+def every_type(path: Path, datatypes: Sequence[str] = ()) -> Path:
+    """Answers each of its inputs, of any shape, one for each datatype of the Open Inference Protocol.
+
+    BF16 needs a model of its own: ONNX Runtime cannot pass it beside texts.
+    """
+    chosen = datatypes or EVERY_TYPE
+    types = {datatype: getattr(TensorProto, PROTO_NAMES[datatype]) for datatype in chosen}
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [f"in_{datatype}"], [f"out_{datatype}"]) for datatype in types],
+        "types",
+        [helper.make_tensor_value_info(f"in_{datatype}", kind, None) for datatype, kind in types.items()],
+        [helper.make_tensor_value_info(f"out_{datatype}", kind, None) for datatype, kind in types.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+def outer_sum(path: Path) -> Path:
+    """Every sum of an element of `x` and one of `y`, times the scalar `factor`, and how many there are."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "last"], ["column"]),
+        helper.make_node("Add", ["column", "y"], ["sums"]),
+        helper.make_node("Mul", ["sums", "factor"], ["table"]),
+        helper.make_node("Size", ["table"], ["count"]),
+    ]
+    make_info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "outer",
+        [
+            make_info("x", TensorProto.FLOAT, ["n"]),
+            make_info("y", TensorProto.FLOAT, ["m"]),
+            make_info("factor", TensorProto.FLOAT, []),
+        ],
+        [make_info("table", TensorProto.FLOAT, ["n", "m"]), make_info("count", TensorProto.INT64, [])],
+        [numpy_helper.from_array(np.array([1], np.int64), "last")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+PROTO_NAMES = {
+    "BOOL": "BOOL",
+    "UINT8": "UINT8",
+    "UINT16": "UINT16",
+    "UINT32": "UINT32",
+    "UINT64": "UINT64",
+    "INT8": "INT8",
+    "INT16": "INT16",
+    "INT32": "INT32",
+    "INT64": "INT64",
+    "FP16": "FLOAT16",
+    "BF16": "BFLOAT16",
+    "FP32": "FLOAT",
+    "FP64": "DOUBLE",
+    "BYTES": "STRING",
+}
+EVERY_TYPE = tuple(name for name in PROTO_NAMES if name != "BF16")
 _ELEMENTS: dict[str, Any] = {
     "float": TensorProto.FLOAT,
     "int64": TensorProto.INT64,

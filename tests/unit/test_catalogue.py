@@ -43,6 +43,7 @@ from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.domain.rows import Outputs, Rows, Scalar
+from phoenix_ml.domain.tensors import Tensor
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
 from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
 from phoenix_ml.infrastructure.sql.database import Database
@@ -210,11 +211,11 @@ REFUSED: list[tuple[bytes, dict[str, Any], str]] = [
     (onnx_models.linear_regressor()[:-20], {}, "not an ONNX model"),
     (onnx_models.unknown_operator(), {}, "No Op registered for NoSuchOperator"),
     (onnx_models.external_data_in_subgraph(), {}, "stored outside of the model file"),
-    (onnx_models.three_dimensional_input(), {}, "a tabular input is [rows]"),
-    (onnx_models.no_inputs(), {}, "takes no inputs"),
-    (onnx_models.total_of_all_rows(), {}, "answers 1 results for 2 rows"),
-    (onnx_models.probabilities_of_all_rows(), {}, "1 results for 2 rows"),
-    (onnx_models.multi_label_classifier(3), {}, "3 results for 1 row;"),
+    (onnx_models.three_dimensional_input(), {"task": "regression"}, "a tabular input is [rows]"),
+    (onnx_models.no_inputs(), {"task": "regression"}, "takes no inputs"),
+    (onnx_models.total_of_all_rows(), {"task": "regression"}, "answers 1 results for 2 rows"),
+    (onnx_models.probabilities_of_all_rows(), {"task": "classification"}, "1 results for 2 rows"),
+    (onnx_models.multi_label_classifier(3), {"task": "classification"}, "3 results for 1 row;"),
     (onnx_models.strict_one_hot_model(), {}, "Unknown Category and zeros = 0.; give --reference"),
     (onnx_models.linear_regressor(2), {"task": "clustering"}, "is not known"),
     (
@@ -1192,6 +1193,14 @@ class Paced:
         return Outputs([0.0] * len(rows))
 
     def run_columns(self, columns: Mapping[str, Any], count: int) -> Outputs:
+        raise NotImplementedError
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def infer_rows(
+        self, inputs: Mapping[str, Tensor], outputs: Sequence[str], count: int
+    ) -> tuple[list[Tensor], Outputs]:
         raise NotImplementedError
 
 

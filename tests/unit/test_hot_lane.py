@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
 from phoenix_ml.infrastructure.http.hot_lane import HotLane, Lane
+from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.protocol import BoundedHeads
 
@@ -104,7 +105,8 @@ class Platform:
             body_limit_bytes=BODY_LIMIT_BYTES,
             batch_limit=10,
         )
-        app = build_app(server.phoenix, server.features, server.live, calls, lambda: "ok")
+        infer_calls = InferCalls(server.infer, server.live, server.meter, body_limit_bytes=BODY_LIMIT_BYTES)
+        app = build_app(server.phoenix, server.features, server.live, calls, infer_calls, lambda: "ok")
         self._config = uvicorn.Config(
             app,
             ws="none",
@@ -114,7 +116,7 @@ class Platform:
             timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
         )
         self._config.load()
-        lane = Lane(calls, browser_check(server.settings), BODY_LIMIT_BYTES)
+        lane = Lane(calls, infer_calls, browser_check(server.settings), BODY_LIMIT_BYTES)
         self.kinds: dict[str, Callable[..., BoundedHeads]] = {
             "hot": partial(HotLane, lane=lane),
             "uvicorn": BoundedHeads,

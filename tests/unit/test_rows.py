@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from phoenix_ml.domain.errors import FeatureInvalid
 from phoenix_ml.domain.rows import Column, ElementType, RowFormat, Rows, Scalar
 
-FLOAT32, FLOAT64, INT64, INT32, BOOL, STRING = ElementType
+FLOAT32, FLOAT64, INT64, INT32, BOOL, STRING, TENSOR = ElementType
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 VALUES: dict[ElementType, st.SearchStrategy[Scalar]] = {
     FLOAT32: st.floats(width=32),
@@ -21,7 +21,7 @@ VALUES: dict[ElementType, st.SearchStrategy[Scalar]] = {
     BOOL: st.booleans(),
     STRING: st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
 }
-cells = st.sampled_from(ElementType).flatmap(lambda element: st.tuples(st.just(element), VALUES[element]))
+cells = st.sampled_from(list(VALUES)).flatmap(lambda element: st.tuples(st.just(element), VALUES[element]))
 
 
 def format_of(*elements: ElementType) -> RowFormat:

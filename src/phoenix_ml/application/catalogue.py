@@ -30,7 +30,7 @@ from phoenix_ml.domain.errors import (
     VersionConflict,
 )
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_model_id, check_version
+from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task, check_model_id, check_version
 from phoenix_ml.domain.routing import Routing, check_routing
 from phoenix_ml.domain.rows import ElementType, Outputs, RowFormat, Rows, Scalar
 
@@ -206,6 +206,28 @@ def _describe(
 ) -> Metadata:
     hints = ModelHints(registration.task, tuple(registration.features))
     metadata = engines.inspect(path, hints)
+    if metadata.task is not Task.TENSORS:
+        try:
+            return _describe_rows(engines, path, metadata, registration, reference)
+        except RowCountWrong as exc:
+            if registration.task or registration.features or reference is not None:
+                raise ModelRefused(exc.message) from exc
+            metadata = engines.inspect(path, ModelHints(Task.TENSORS))
+            metadata = msgspec.structs.replace(metadata, not_tabular=exc.message)
+    if reference is not None:
+        why = metadata.not_tabular or "it was registered as taking tensors"
+        raise ModelRefused(f"a reference holds rows of features, which the model does not take: {why}")
+    engines.load_tensors(path, metadata)
+    return _checked(metadata)
+
+
+def _describe_rows(
+    engines: Engines,
+    path: Path,
+    metadata: Metadata,
+    registration: Registration,
+    reference: Reference | None,
+) -> Metadata:
     contract = FeatureContract.check(metadata.columns, registration.features)
     metadata = msgspec.structs.replace(metadata, contract=contract)
     if reference is not None:
@@ -215,6 +237,11 @@ def _describe(
     metadata = _try_out(engine, metadata, None if reference is None else reference.columns)
     if reference is not None:
         metadata = msgspec.structs.replace(metadata, baseline=_compare_with(reference, engine, metadata))
+    return _checked(metadata)
+
+
+def _checked(metadata: Metadata) -> Metadata:
+    """The metadata. Raises ModelRefused where it cannot be stored."""
     # In JSON a backslash of a text is itself escaped, so without these pairs only U+0000 looks like this.
     if b"\\u0000" in msgspec.json.encode(metadata).replace(b"\\\\", b""):
         raise ModelRefused("a name or a reference value has U+0000, which no database can store in a text")
@@ -328,18 +355,20 @@ def _try_out(
         raise ModelRefused(f"a row of the reference does not fit: {exc.message}", **exc.details) from exc
     try:
         alone = engine.run(Rows(values[:1], packed[:1]))
-    except RowCountWrong as exc:
-        raise ModelRefused(exc.message) from exc
+    except RowCountWrong:
+        raise
     except InferenceFailed as exc:
         advice = (
-            "" if reference is not None else "; give --reference with real rows if zeros are no fair test"
+            ""
+            if reference is not None
+            else "; give --reference with real rows if zeros are no fair test, or --task tensors if it takes no rows"
         )
         raise ModelRefused(f"the model loads but cannot answer a sample row: {exc.message}{advice}") from exc
     try:
         engine.run(Rows(values[:1] * 2, packed[:1] * 2))
         independent = are_rows_independent(engine, row_format, values)
-    except RowCountWrong as exc:
-        raise ModelRefused(exc.message) from exc
+    except RowCountWrong:
+        raise
     except InferenceFailed:  # it takes one row at a time
         independent = False
     labels = metadata.class_labels

@@ -9,7 +9,7 @@ import msgspec
 from phoenix_ml.application.ports import LoggedPrediction, PredictionLog, PredictionQuery
 from phoenix_ml.application.reports import iso_time
 from phoenix_ml.domain.features import FeatureType
-from phoenix_ml.domain.models import Metadata, Task
+from phoenix_ml.domain.models import Metadata, Task, check_takes_rows
 from phoenix_ml.domain.routing import Role
 
 PAGE_ROWS = 1000
@@ -28,6 +28,7 @@ RESULT_COLUMN, OUTCOME_COLUMN, TIME_COLUMN = "_result", "_outcome", "_created_at
 
 def export_columns(metadata: Metadata) -> dict[str, FeatureType]:
     """The columns of an export and their types: the features of the version, then ours."""
+    check_takes_rows(metadata)
     contract = metadata.contract
     answers = _answer_type(metadata)
     features = {name: rule.type for name, rule in contract.items()}

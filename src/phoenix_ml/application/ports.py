@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from phoenix_ml.domain.events import Event, PredictionMade
+from phoenix_ml.domain.events import Event, PredictionMade, PredictionsMade
 from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.incidents import Alert, Incident
@@ -17,10 +17,22 @@ from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
 from phoenix_ml.domain.monitoring import MonitorSettings
 from phoenix_ml.domain.routing import Routing
 from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
+from phoenix_ml.domain.tensors import Tensor
 
 
-class Engine(Protocol):
+class TensorEngine(Protocol):
     """One loaded version. It runs one batch at a time and knows no queue; any thread may call it."""
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        """The outputs of these names, in this order, for all inputs of the graph.
+
+        Raises InferenceFailed with the runtime's own words.
+        """
+        ...
+
+
+class Engine(TensorEngine, Protocol):
+    """One loaded version whose inputs are rows of features."""
 
     def run(self, rows: Rows) -> Outputs:
         """One result a row, in order.
@@ -31,6 +43,12 @@ class Engine(Protocol):
 
     def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> Outputs:
         """As ``run``, of rows that are there as a column a feature, with the elements that the engine takes."""
+        ...
+
+    def infer_rows(
+        self, inputs: Mapping[str, Tensor], outputs: Sequence[str], count: int
+    ) -> tuple[list[Tensor], Outputs]:
+        """As ``infer``, and what ``run`` answers for these rows; each input's first dimension is their count."""
         ...
 
 
@@ -47,7 +65,11 @@ class Engines(Protocol):
         ...
 
     def load(self, artifact: Path, metadata: Metadata) -> Engine:
-        """An engine that is ready to run. Raises ModelRefused with the runtime's own words."""
+        """An engine that is ready to run rows. Raises ModelRefused with the runtime's own words."""
+        ...
+
+    def load_tensors(self, artifact: Path, metadata: Metadata) -> TensorEngine:
+        """An engine that is ready to run tensors of any shape. Raises ModelRefused as ``load``."""
         ...
 
 
@@ -208,6 +230,10 @@ class Meter(Protocol):
         """One prediction was made; ``feature_read_s`` is None when no store was asked."""
         ...
 
+    def answered_rows(self, rows: PredictionsMade, feature_count: int) -> None:
+        """Predictions were made of rows that came as one."""
+        ...
+
     def shadow_failed(self, model_id: str, version: str, code: str) -> None: ...
 
     def loaded(self, model_id: str, version: str, load_s: float) -> None: ...
@@ -226,6 +252,12 @@ class Journal(Protocol):
 
     def append_many(self, payloads: Sequence[bytes], schema_digest: bytes = b"", schema: bytes = b"") -> None:
         """Puts events on record, all or none. Raises JournalFull."""
+        ...
+
+    def append_batch(
+        self, payload: bytes, count: int, schema_digest: bytes = b"", schema: bytes = b"", /
+    ) -> None:
+        """Puts so many events on record as the one ``PredictionsMade`` that stands for them. Raises JournalFull."""
         ...
 
 

@@ -46,7 +46,7 @@ class Pending(Protocol):
     def __await__(self) -> Generator[Any, None, PredictionMade]: ...
 
 
-class _Reading(msgspec.Struct, gc=False):
+class Reading(msgspec.Struct, gc=False):
     """What the store said of an entity, when, and in which types; ``took_s`` is None when it was not asked."""
 
     types: Mapping[str, FeatureType]
@@ -56,7 +56,7 @@ class _Reading(msgspec.Struct, gc=False):
     took_s: float | None
 
 
-class _Row(msgspec.Struct, gc=False):
+class Row(msgspec.Struct, gc=False):
     """A row that is ready to run, and who waits for its answer."""
 
     model: LiveModel
@@ -69,7 +69,7 @@ class _Row(msgspec.Struct, gc=False):
     values: Sequence[Scalar]
     packed: bytes
     sources: str
-    reading: _Reading
+    reading: Reading
     started: float
     traceparent: str | None
     shadow_of: str | None = None
@@ -102,7 +102,7 @@ class Predict:
         self._journal = journal
         self._meter = meter
         self._batch_limit = batch_limit
-        self._batcher: Batcher[_Row] = Batcher(
+        self._batcher: Batcher[Row] = Batcher(
             self._finish, queue_limit=queue_limit, patience_s=queue_deadline_s
         )
         self._shadows: set[asyncio.Task[None]] = set()
@@ -124,10 +124,10 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request, started, traceparent)
-        answered = self._answer(row, new_pending or asyncio.get_running_loop().create_future)
+        answered = self.answer(row, new_pending or asyncio.get_running_loop().create_future)
         event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
         if model.shadows and request.model_version is None:
-            self._start_shadows(model, request, event, row.reading)
+            self.start_shadows(model, request, event, row.reading)
         return Answer(event, row.served.contract.names)
 
     async def batch(
@@ -166,7 +166,7 @@ class Predict:
             self._count(events[number], row)
         if model.shadows and request.model_version is None:
             for instance, event, row in zip(request.instances, events, rows, strict=True):
-                self._start_shadows(model, instance, event, row.reading)
+                self.start_shadows(model, instance, event, row.reading)
         return [Answer(event, row.served.contract.names) for event, row in zip(events, rows, strict=True)]
 
     async def drain(self) -> None:
@@ -186,7 +186,7 @@ class Predict:
 
     async def _prepare_all(
         self, model: LiveModel, request: BatchRequest, started: float, traceparent: str | None
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """A row an instance. Stores that wait for a network are asked for all entities at once."""
         prepared = [
             self._prepare(model, request.model_version, instance, started, traceparent)
@@ -209,14 +209,14 @@ class Predict:
         instance: Instance,
         started: float,
         traceparent: str | None,
-    ) -> _Row:
+    ) -> Row:
         prediction_id = new_id()
         key = instance.routing_key or instance.entity_id or prediction_id
         served, choice = model.pick(version, key)
-        reading = await self._read(model, choice.version, instance)
-        return _resolve(model, served, choice, instance, prediction_id, key, reading, started, traceparent)
+        reading = await self.read(model, choice.version, instance)
+        return resolve(model, served, choice, instance, prediction_id, key, reading, started, traceparent)
 
-    async def _read(self, model: LiveModel, version: str, instance: Instance) -> _Reading:
+    async def read(self, model: LiveModel, version: str, instance: Instance) -> Reading:
         """What the store has of the instance's entity; it may fail where the request has features too."""
         types = model.types[version]
         entity_id, given = instance.entity_id, instance.features
@@ -244,9 +244,9 @@ class Predict:
             raise InvalidField(
                 "give an 'entity_id' whose features are stored, or 'features'", field="entity_id"
             )
-        return _Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
+        return Reading(types, stored, error, time.time_ns() // 1_000_000, took_s)
 
-    def _answer(self, row: _Row, new_pending: Callable[[], Pending]) -> PredictionMade | Pending:
+    def answer(self, row: Row, new_pending: Callable[[], Pending]) -> PredictionMade | Pending:
         """The answer of a row, on record; or to come, where the row runs with others."""
         served = row.served
         if self._batcher.is_alone(served):
@@ -262,7 +262,7 @@ class Predict:
         self._batcher.add(served, row)
         return pending
 
-    def _finish(self, rows: list[_Row], outputs: Outputs | Exception, inference_s: float) -> None:
+    def _finish(self, rows: list[Row], outputs: Outputs | Exception, inference_s: float) -> None:
         """Puts the answers of rows that ran together on record, then gives them to those who wait."""
         if isinstance(outputs, Exception):
             _fail(rows, outputs)
@@ -284,12 +284,13 @@ class Predict:
         for row, event in zip(rows, events, strict=True):
             self._count(event, row)
 
-    def _count(self, event: PredictionMade, row: _Row) -> None:
+    def _count(self, event: PredictionMade, row: Row) -> None:
         self._meter.answered(event, len(row.served.contract.names), row.reading.took_s)
 
-    def _start_shadows(
-        self, model: LiveModel, instance: Instance, answered: PredictionMade, reading: _Reading
+    def start_shadows(
+        self, model: LiveModel, instance: Instance, answered: PredictionMade, reading: Reading
     ) -> None:
+        """Lets the model's shadows answer too, after the caller has an answer."""
         for version in model.shadows:
             if len(self._shadows) >= _SHADOWS_LIMIT:
                 self._meter.shadow_failed(model.model_id, version, Overloaded.code)
@@ -305,7 +306,7 @@ class Predict:
         version: str,
         instance: Instance,
         answered: PredictionMade,
-        reading: _Reading,
+        reading: Reading,
     ) -> None:
         """Lets a shadow version answer the same row, on record but for nobody's eyes.
 
@@ -323,9 +324,9 @@ class Predict:
                 reading = msgspec.structs.replace(reading, took_s=None)
             else:
                 # It takes a feature in another type than the champion, in which only the store can give it.
-                reading = await self._read(model, version, instance)
+                reading = await self.read(model, version, instance)
             traceparent = answered.traceparent
-            row = _resolve(
+            row = resolve(
                 model,
                 served,
                 choice,
@@ -337,7 +338,7 @@ class Predict:
                 traceparent,
             )
             row.request_id, row.shadow_of = answered.request_id, answered.id
-            answer = self._answer(row, asyncio.get_running_loop().create_future)
+            answer = self.answer(row, asyncio.get_running_loop().create_future)
             if not isinstance(answer, PredictionMade):
                 await answer
         except PhoenixError as exc:
@@ -354,17 +355,17 @@ class Predict:
             log.exception("shadow %s %s failed: a defect on our side", model.model_id, version)
 
 
-def _resolve(
+def resolve(
     model: LiveModel,
     served: ServedVersion,
     choice: Choice,
     instance: Instance,
     prediction_id: str,
     key: str,
-    reading: _Reading,
+    reading: Reading,
     started: float,
     traceparent: str | None,
-) -> _Row:
+) -> Row:
     """The row's values: from the store, else from the request, else their defaults."""
     stored = reading.stored
     values: Sequence[Scalar]
@@ -378,7 +379,7 @@ def _resolve(
                 raise reading.error from exc
             raise
         packed = served.format.pack(values)
-    return _Row(  # by position, like the event: keywords cost 0.6 µs more
+    return Row(  # by position, like the event: keywords cost 0.6 µs more
         model,
         served,
         choice,
@@ -396,7 +397,7 @@ def _resolve(
 
 
 def _event(
-    row: _Row, outputs: Outputs, position: int, batch_size: int, ended: float, now_ms: int
+    row: Row, outputs: Outputs, position: int, batch_size: int, ended: float, now_ms: int
 ) -> PredictionMade:
     version, choice = row.served.version, row.choice
     return PredictionMade(
@@ -424,7 +425,7 @@ def _event(
     )
 
 
-def _fail(rows: list[_Row], error: Exception) -> None:
+def _fail(rows: list[Row], error: Exception) -> None:
     for row in rows:
         if row.answer is not None and not row.answer.done():
             # A new one each: a shared one would collect the tracebacks of all.

@@ -11,7 +11,7 @@ from phoenix_ml.domain.errors import JobConflict
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.healing import OUTSIDE, JobStatus, RetrainJob
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.domain.models import ModelVersion, next_version
+from phoenix_ml.domain.models import ModelVersion, check_takes_rows, next_version
 from phoenix_ml.domain.routing import Role, default_routing
 
 
@@ -28,8 +28,11 @@ def answering_version(registry: Registry, model_id: str) -> ModelVersion:
 def ask_for_retraining(
     registry: Registry, jobs: RetrainJobs, model_id: str, actor: str, now_ms: int
 ) -> RetrainJob:
-    """A new job for the champion, whatever the monitor thinks. Raises ModelUnknown."""
+    """A new job for the champion, whatever the monitor thinks. Raises ModelUnknown, and TakesTensors for
+    one whose answers make no table to train on.
+    """
     champion = answering_version(registry, model_id)
+    check_takes_rows(champion.metadata)
     job = RetrainJob(
         id=new_id().replace("-", ""),
         model_id=model_id,

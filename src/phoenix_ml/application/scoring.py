@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from phoenix_ml.application.ports import Engine
 from phoenix_ml.domain.errors import FeatureMissing, InvalidRequest
 from phoenix_ml.domain.features import PYTHON_TYPES, FeatureContract, FeatureRule, FeatureType
-from phoenix_ml.domain.models import Metadata, Task
+from phoenix_ml.domain.models import Metadata, Task, check_takes_rows
 from phoenix_ml.domain.rows import ElementType, Outputs, RowFormat, Rows
 
 RESULT_COLUMN, CONFIDENCE_COLUMN, PROBABILITY_PREFIX = "_result", "_confidence", "_probability_"
@@ -30,6 +30,7 @@ class Scorer:
     """Scores tables with one version. Raises FeatureMissing for a table without a column that has no default."""
 
     def __init__(self, engine: Engine, metadata: Metadata, names: Sequence[str]) -> None:
+        check_takes_rows(metadata)
         self._engine = engine
         self._metadata = metadata
         self._contract = FeatureContract(metadata.columns, metadata.contract)

@@ -4,16 +4,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from phoenix_ml.application.ports import ArtifactStore, Engine, Engines, Meter, Registry
+from phoenix_ml.application.ports import ArtifactStore, Engine, Engines, Meter, Registry, TensorEngine
 from phoenix_ml.domain.errors import (
     DatabaseUnavailable,
     InferenceFailed,
@@ -21,13 +21,16 @@ from phoenix_ml.domain.errors import (
     ModelRefused,
     ModelUnknown,
     Overloaded,
+    PhoenixError,
+    TakesTensors,
     VersionInactive,
     VersionUnknown,
 )
 from phoenix_ml.domain.features import FeatureContract, FeatureType, PackedSignature, packed_signature
-from phoenix_ml.domain.models import ModelVersion
+from phoenix_ml.domain.models import ModelVersion, Task
 from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing
 from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
+from phoenix_ml.domain.tensors import Tensor
 
 # A hop to another thread and back costs 100 to 120 µs of CPU; a run shorter than this on the event
 # loop delays nobody noticeably (docs/adr/0002).
@@ -41,6 +44,7 @@ _WARM_UP_S = 0.5
 _WARM_UP_ROWS = 16
 _RETRY_FAILED_S = 5.0
 
+T = TypeVar("T")
 _Key = tuple[str, str]  # model id and version
 
 log = logging.getLogger(__name__)
@@ -58,8 +62,69 @@ class Queue:
         self.recent = 0.0  # rows a turn, of late
 
 
-class ServedVersion:
-    """A version that is loaded and warm.
+class _OnThread:
+    """A version's own thread, on which runs happen that would hold up the event loop."""
+
+    def __init__(self, version: ModelVersion) -> None:
+        self.version = version
+        self.format = RowFormat(version.metadata.columns)
+        self.form: Any = None  # how ``infer`` sees it, once it was asked
+        self._waiting = 0
+
+    async def on_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What the function returns there. Raises Overloaded when too many wait for the thread already."""
+        if self._waiting >= QUEUE_LIMIT:
+            raise Overloaded(
+                f"{self._waiting} requests wait for {self.version.model_id} {self.version.version} already",
+                retry_after_s=1,
+            )
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
+        finally:
+            self._waiting -= 1
+
+    @cached_property
+    def executor(self) -> ThreadPoolExecutor:
+        # Its thread ends when the version has been dropped and the last run that holds it is done.
+        return ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.version.model_id}")
+
+
+class TensorVersion(_OnThread):
+    """A version that is loaded and whose inputs have any shape."""
+
+    def __init__(
+        self, version: ModelVersion, engine: TensorEngine, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        super().__init__(version)
+        self.engine = engine
+        self._clock = clock
+        # What a run takes depends on how much it is given: up to so many bytes it was seen to be short.
+        self._inline_bytes = -1
+
+    async def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], float]:
+        """The engine's answer and the seconds it took: run here and now when that is short, else on a thread.
+
+        Raises Overloaded when too many runs wait for the thread already, and what the engine raises.
+        """
+        size = sum(tensor.array.nbytes for tensor in inputs.values())
+        if size <= self._inline_bytes:
+            answered, took_s = self._timed(inputs, outputs)
+        else:
+            answered, took_s = await self.on_thread(self._timed, inputs, outputs)
+        if took_s < INLINE_LIMIT_S:
+            self._inline_bytes = max(self._inline_bytes, size)
+        elif size <= self._inline_bytes:
+            self._inline_bytes = size // 2
+        return answered, took_s
+
+    def _timed(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], float]:
+        started = self._clock()
+        return self.engine.infer(inputs, outputs), self._clock() - started
+
+
+class ServedVersion(_OnThread):
+    """A version that is loaded and warm, and whose inputs are rows of features.
 
     ``batches`` says whether rows of several requests are best run together, and ``batch_rows_limit`` how many
     of them at once.
@@ -68,17 +133,15 @@ class ServedVersion:
     def __init__(
         self, version: ModelVersion, engine: Engine, clock: Callable[[], float] = time.perf_counter
     ) -> None:
+        super().__init__(version)
         metadata = version.metadata
         columns = metadata.columns
-        self.version = version
         self.engine = engine
         self.contract = FeatureContract(columns, metadata.contract)
-        self.format = RowFormat(columns)
         self.first_row_s, self.further_row_s = self._warm_up(clock)
         self.is_inline = self.runs_inline(1)
         self.batches, self.batch_rows_limit = self._weigh_batches()
         self.queue = Queue()
-        self._waiting = 0
 
     def _warm_up(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Seconds for a run of one row, and for each row more.
@@ -127,22 +190,10 @@ class ServedVersion:
         """
         if self.first_row_s + (len(rows) - 1) * self.further_row_s < INLINE_LIMIT_S:
             return self.engine.run(rows)
-        if self._waiting >= QUEUE_LIMIT:
-            raise Overloaded(
-                f"{self._waiting} requests wait for {self.version.model_id} {self.version.version} already",
-                retry_after_s=1,
-            )
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.executor, self.engine.run, rows)
-        finally:
-            self._waiting -= 1
+        return await self.on_thread(self.engine.run, rows)
 
-    @cached_property
-    def executor(self) -> ThreadPoolExecutor:
-        """The thread on which runs happen that would hold up the event loop."""
-        # Its thread ends when the version has been dropped and the last run that holds it is done.
-        return ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.version.model_id}")
+
+Loaded = ServedVersion | TensorVersion
 
 
 class LiveModel:
@@ -152,7 +203,7 @@ class LiveModel:
         self,
         model_id: str,
         registered: frozenset[str],
-        served: Mapping[str, ServedVersion | ModelLoadFailed],
+        served: Mapping[str, Loaded | ModelLoadFailed],
         router: Router | None,
     ) -> None:
         self.model_id = model_id
@@ -170,14 +221,14 @@ class LiveModel:
         # Where the store has a whole row packed, it is the engine's input as it is.
         self.packed = {v: _packed(s, self.types[v]) for v, s in loaded.items()}
         # The journal holds packed values; this tells their names and types, by version, to its reader.
-        columns = {v: s.version.metadata.columns for v, s in loaded.items()}
+        columns = {v: s.version.metadata.columns for v, s in served.items() if isinstance(s, Loaded)}
         self.schema = msgspec.msgpack.encode(columns)
         self.schema_digest = blake2b(self.schema, digest_size=8).digest()
 
     def pick(self, version: str | None, key: str) -> tuple[ServedVersion, Choice]:
-        """Who answers, and how it was chosen.
+        """Who answers with a row of features, and how it was chosen.
 
-        Raises VersionUnknown, VersionInactive, or the version's ModelLoadFailed.
+        Raises VersionUnknown, VersionInactive, the version's ModelLoadFailed, or TakesTensors.
         """
         if self.router is None:
             raise self._refusal(version)
@@ -185,10 +236,31 @@ class LiveModel:
         served = self.served.get(choice.version)
         if type(served) is ServedVersion:
             return served, choice
+        raise self._cannot_answer(choice.version, served)
+
+    def pick_any(self, version: str | None, key: str) -> tuple[Loaded, Choice]:
+        """As ``pick``, of versions that take tensors too."""
+        if self.router is None:
+            raise self._refusal(version)
+        choice = self.router.pin(version) if version is not None else self.router.choose(key)
+        served = self.served.get(choice.version)
+        if isinstance(served, Loaded):
+            return served, choice
+        raise self._cannot_answer(choice.version, served)
+
+    def _cannot_answer(self, version: str, served: Loaded | ModelLoadFailed | None) -> PhoenixError:
+        if isinstance(served, TensorVersion):
+            why = served.version.metadata.not_tabular or "it was registered as such"
+            return TakesTensors(
+                f"{self.model_id} {version} takes tensors, not rows of features ({why}): ask "
+                f"POST /v2/models/{self.model_id}/infer",
+                model_id=self.model_id,
+                version=version,
+            )
         if isinstance(served, ModelLoadFailed):
             # A new exception each time: a shared one would collect the tracebacks of all requests.
-            raise ModelLoadFailed(served.message, **served.details)
-        raise self._refusal(version)
+            return ModelLoadFailed(served.message, **served.details)
+        return self._refusal(version)
 
     def _refusal(self, version: str | None) -> VersionInactive | VersionUnknown:
         if version is None:
@@ -244,7 +316,7 @@ class LiveModels:
         # What follows belongs to whoever holds the condition; it is never held while a version loads.
         self._changed = threading.Condition()
         self._registered: dict[str, tuple[list[ModelVersion], Routing | None]] = {}
-        self._served: dict[_Key, ServedVersion | ModelLoadFailed] = {}
+        self._served: dict[_Key, Loaded | ModelLoadFailed] = {}
         self._due: dict[_Key, ModelVersion] = {}
         self._loading: set[_Key] = set()
 
@@ -325,7 +397,7 @@ class LiveModels:
             self._due = {
                 key: version
                 for key, version in active.items()
-                if not isinstance(self._served.get(key), ServedVersion)
+                if not isinstance(self._served.get(key), Loaded)
             }
             self._retry_at = float("inf")
             table = {model_id: self._live(model_id) for model_id in registered}
@@ -360,7 +432,7 @@ class LiveModels:
                     return None
                 self._changed.wait()
 
-    def _settle(self, version: ModelVersion, served: ServedVersion | ModelLoadFailed | None) -> None:
+    def _settle(self, version: ModelVersion, served: Loaded | ModelLoadFailed | None) -> None:
         """Puts a loaded version to use, unless it was taken out of service meanwhile."""
         key = _key(version)
         with self._changed:
@@ -381,7 +453,7 @@ class LiveModels:
         active = [version for version in versions if version.is_active]
         served = {v.version: self._served[_key(v)] for v in active if _key(v) in self._served}
         # By default nothing moves to a version that does not load while another one can answer.
-        able = [version for version in active if isinstance(served.get(version.version), ServedVersion)]
+        able = [version for version in active if isinstance(served.get(version.version), Loaded)]
         chosen = routing or default_routing(able)
         if len(served) < len(active) and not (chosen and served.keys() >= set(chosen.versions)):
             return self._table.get(model_id)
@@ -389,7 +461,7 @@ class LiveModels:
         router = Router(model_id, chosen) if chosen else None
         return LiveModel(model_id, frozenset(v.version for v in versions), served, router)
 
-    def _load(self, version: ModelVersion) -> ServedVersion | ModelLoadFailed:
+    def _load(self, version: ModelVersion) -> Loaded | ModelLoadFailed:
         started = time.perf_counter()
         where = _where(version)
         try:
@@ -400,14 +472,17 @@ class LiveModels:
             # Not the exception itself: its traceback would keep alive what the loader's frames hold.
             return ModelLoadFailed(exc.message, **exc.details)
         self._meter.loaded(version.model_id, version.version, time.perf_counter() - started)
-        log.info("model loaded", extra=where | {"first_row_us": round(served.first_row_s * 1e6)})
+        warm = {"first_row_us": round(served.first_row_s * 1e6)} if isinstance(served, ServedVersion) else {}
+        log.info("model loaded", extra={**where, **warm})
         return served
 
 
-def load_version(version: ModelVersion, artifacts: ArtifactStore, engines: Engines) -> ServedVersion:
-    """The version, loaded and warm. Raises ModelLoadFailed with the loader's own words, and where."""
+def load_version(version: ModelVersion, artifacts: ArtifactStore, engines: Engines) -> Loaded:
+    """The version, loaded, and warm where its sample is known. Raises ModelLoadFailed with the loader's own words, and where."""
     try:
         path = artifacts.fetch(version.uri, version.sha256)
+        if version.metadata.task is Task.TENSORS:
+            return TensorVersion(version, engines.load_tensors(path, version.metadata))
         return ServedVersion(version, engines.load(path, version.metadata))
     except (ModelLoadFailed, ModelRefused, InferenceFailed) as exc:
         raise ModelLoadFailed(exc.message, **(_where(version) | exc.details)) from exc

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phoenix_ml.cli.common import (
@@ -20,7 +21,7 @@ from phoenix_ml.cli.common import (
 )
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.features import FeatureRule
-from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 
 STAGES = [stage.value for stage in Stage]
@@ -41,7 +42,9 @@ def models() -> None:
     "--features", type=click.Path(exists=True, path_type=Path), help="Feature contract, a JSON file."
 )
 @click.option(
-    "--task", type=click.Choice(["classification", "regression"]), help="Where the graph is unclear."
+    "--task",
+    type=click.Choice([task.value for task in Task]),
+    help="Where the graph is unclear; 'tensors' takes it as it is, for /v2 alone.",
 )
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Training rows (.csv, .parquet) for the baseline."
@@ -111,6 +114,9 @@ def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False
     console.print(
         f"[dim]{version.metadata.task}, {version.metadata.runtime}, sha256 {version.sha256[:16]}…[/]"
     )
+    if version.metadata.task is Task.TENSORS:
+        _show_tensors(version.metadata, console)
+        return
     table = Table("feature", "type", "default", "max age", "meaning", box=None)
     for name in version.metadata.features:
         rule = version.metadata.contract[name]
@@ -121,6 +127,18 @@ def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False
     console.print(table)
     if baseline:
         show_json(described["baseline"])
+
+
+def _show_tensors(metadata: Metadata, console: Console) -> None:
+    from phoenix_ml.application.infer import describe_shape
+
+    why = f": {metadata.not_tabular}" if metadata.not_tabular else ""
+    console.print(f"[yellow]Answers to /v2 alone, not to /predict[/]{escape(why)}")
+    table = Table("tensor", "type", "shape", box=None)
+    for kind, specs in (("input", metadata.signature.inputs), ("output", metadata.signature.outputs)):
+        for spec in specs:
+            table.add_row(f"[dim]{kind}[/] {escape(spec.name)}", spec.type, escape(str(describe_shape(spec))))
+    console.print(table)
 
 
 @models.command("list")

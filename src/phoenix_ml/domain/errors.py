@@ -11,6 +11,8 @@ PhoenixError
 │   ├── FeatureUnknown            feature_unknown          the model has no such feature
 │   ├── FeatureInvalid            feature_invalid          a value of the wrong type or range
 │   ├── FeatureCountWrong         feature_count_wrong      a list of another length than the signature
+│   ├── TensorInvalid             tensor_invalid           a tensor of the wrong name, type, shape or length
+│   ├── TakesTensors              takes_tensors            the version's rows are no features: ask /v2
 │   ├── ModelRefused              model_refused            an artifact that does not load, or is unsafe
 │   ├── RoutingInvalid            routing_invalid          arms that no strategy can follow
 │   └── InferenceFailed           inference_failed         the runtime refused these values
@@ -38,6 +40,7 @@ PhoenixError
 │   ├── CrossSiteRequest          cross_site_request
 │   └── HostNotAllowed            host_not_allowed         a name that is not this server's
 ├── MethodNotAllowed              method_not_allowed
+├── Unsupported                   unsupported              a part of a protocol that is not for this server
 ├── Unavailable                   try again later; Retry-After says when
 │   ├── FeatureStoreUnavailable   feature_store_unavailable
 │   ├── DatabaseUnavailable       database_unavailable
@@ -91,6 +94,14 @@ class FeatureInvalid(InvalidRequest):
 
 class FeatureCountWrong(InvalidRequest):
     code = "feature_count_wrong"
+
+
+class TensorInvalid(InvalidRequest):
+    code = "tensor_invalid"
+
+
+class TakesTensors(InvalidRequest):
+    code = "takes_tensors"
 
 
 class ModelRefused(InvalidRequest):
@@ -203,6 +214,10 @@ class HostNotAllowed(Forbidden):
 
 class MethodNotAllowed(PhoenixError):
     code = "method_not_allowed"
+
+
+class Unsupported(PhoenixError):
+    code = "unsupported"
 
 
 class Unavailable(PhoenixError):

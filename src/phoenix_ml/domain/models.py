@@ -8,7 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from phoenix_ml.domain.baselines import Baseline
-from phoenix_ml.domain.errors import InvalidField, ModelRefused, StageConflict
+from phoenix_ml.domain.errors import InvalidField, ModelRefused, StageConflict, TakesTensors
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.rows import Column, ElementType, Scalar
 
@@ -89,14 +89,19 @@ def check_promotion(current: Stage, wanted: Stage) -> None:
 class Task(StrEnum):
     CLASSIFICATION = "classification"
     REGRESSION = "regression"
+    TENSORS = "tensors"
 
 
 class TensorSpec(Struct, frozen=True):
-    """One input or output of a graph; ``None`` in the shape is a dimension the caller chooses."""
+    """One input or output of a graph; ``None`` in the shape is a dimension the caller chooses.
+
+    ``has_rank`` is False where the graph does not say how many dimensions there are: the shape is empty then.
+    """
 
     name: str
     type: str
     shape: tuple[int | None, ...]
+    has_rank: bool = True
 
 
 class Signature(Struct, frozen=True):
@@ -114,7 +119,7 @@ class Signature(Struct, frozen=True):
         """How many features each input takes. Raises ModelRefused for what is not a table's row."""
         widths = []
         for spec in self.inputs:
-            known = {element.value for element in ElementType}
+            known = {element.value for element in ElementType if element is not ElementType.TENSOR}
             if spec.type not in known:
                 raise ModelRefused(
                     f"input {spec.name!r} has elements of type {spec.type}; features are {', '.join(sorted(known))}"
@@ -146,7 +151,8 @@ class Metadata(Struct, frozen=True):
 
     ``sample`` is one row that the model is known to answer: it warms the engine up at each load.
     ``row_independent`` says that rows were seen to get the same answers alone and together; without it
-    each row runs by itself.
+    each row runs by itself. A version whose task is ``tensors`` has inputs and outputs of any shape and no features;
+    ``not_tabular`` says why.
     """
 
     signature: Signature
@@ -160,10 +166,22 @@ class Metadata(Struct, frozen=True):
     runtime: str = ""
     baseline: Baseline | None = None
     row_independent: bool = False
+    not_tabular: str = ""
 
     @property
     def columns(self) -> tuple[Column, ...]:
+        if self.task is Task.TENSORS:
+            return tuple(Column(spec.name, ElementType.TENSOR) for spec in self.signature.inputs)
         return self.signature.columns(self.features)
+
+
+def check_takes_rows(metadata: Metadata) -> None:
+    """Raises TakesTensors for a version whose inputs are no rows of features."""
+    if metadata.task is Task.TENSORS:
+        raise TakesTensors(
+            "the version takes tensors, not rows of features; POST /v2/models/{model}/infer answers for it"
+            + (f" ({metadata.not_tabular})" if metadata.not_tabular else "")
+        )
 
 
 class ModelVersion(Struct, frozen=True):

@@ -10,12 +10,13 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from phoenix_ml.domain.errors import FeatureInvalid
+from phoenix_ml.domain.tensors import describe_packed
 
 Scalar = float | int | bool | str
 
 
 class ElementType(StrEnum):
-    """Tensor elements that a tabular feature can have."""
+    """Tensor elements that a tabular feature can have; ``TENSOR`` is a whole input of a version that takes tensors."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
@@ -23,6 +24,7 @@ class ElementType(StrEnum):
     INT32 = "int32"
     BOOL = "bool"
     STRING = "string"
+    TENSOR = "tensor"
 
 
 _STRUCT_CODE: Final = {
@@ -32,6 +34,9 @@ _STRUCT_CODE: Final = {
     ElementType.INT32: "i",
     ElementType.BOOL: "?",
 }
+
+
+_OF_ANY_LENGTH: Final = {ElementType.STRING, ElementType.TENSOR}
 
 
 class Column(Struct, frozen=True):
@@ -45,14 +50,15 @@ class RowFormat:
     """Rows of a signature as bytes: the exact values that the engine gets.
 
     Numbers are packed little-endian in column order, then the strings in column order, each as a
-    32-bit length and UTF-8. A row of 30 float32 is 120 bytes, ready to be read as an array.
+    32-bit length and UTF-8. A row of 30 float32 is 120 bytes, ready to be read as an array. A tensor stands there
+    as a string does, as its packed bytes.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = tuple(columns)
         self.names = tuple(column.name for column in columns)
-        self._strings = [i for i, c in enumerate(columns) if c.element is ElementType.STRING]
-        self._numbers = [i for i, c in enumerate(columns) if c.element is not ElementType.STRING]
+        self._strings = [i for i, c in enumerate(columns) if c.element in _OF_ANY_LENGTH]
+        self._numbers = [i for i, c in enumerate(columns) if c.element not in _OF_ANY_LENGTH]
         self._struct = struct.Struct("<" + "".join(_STRUCT_CODE[columns[i].element] for i in self._numbers))
 
     def pack(self, values: Sequence[Scalar]) -> bytes:
@@ -76,15 +82,33 @@ class RowFormat:
         numbers = self._struct.unpack_from(row)
         if not self._strings:
             return list(numbers)
-        values: list[Scalar] = [""] * len(self.columns)
+        values: list[Any] = [""] * len(self.columns)
         for i, number in zip(self._numbers, numbers, strict=True):
             values[i] = number
         offset = self._struct.size
         for i in self._strings:
             end = offset + 4 + int.from_bytes(row[offset : offset + 4], "little")
-            values[i] = row[offset + 4 : end].decode()
+            text = row[offset + 4 : end]
+            is_tensor = self.columns[i].element is ElementType.TENSOR
+            values[i] = describe_packed(text) if is_tensor else text.decode()
             offset = end
         return values
+
+    def pack_tensors(self, tensors: Sequence[bytes]) -> bytes:
+        """The bytes of a row whose columns are all tensors, each packed already."""
+        return b"".join(
+            [piece for packed in tensors for piece in (len(packed).to_bytes(4, "little"), packed)]
+        )
+
+    def split_tensors(self, row: bytes) -> dict[str, bytes]:
+        """What ``pack_tensors`` was given, by column."""
+        tensors = {}
+        offset = 0
+        for name in self.names:
+            end = offset + 4 + int.from_bytes(row[offset : offset + 4], "little")
+            tensors[name] = row[offset + 4 : end]
+            offset = end
+        return tensors
 
     def unpack_columns(self, rows: Sequence[bytes]) -> dict[str, "NDArray[Any] | list[str]"]:
         """The rows' values column by column: numbers as arrays of their elements, strings as lists.
@@ -104,7 +128,7 @@ class RowFormat:
         columns: dict[str, NDArray[Any] | list[str]] = {}
         texts = [self.unpack(row) for row in rows] if self._strings else []
         for i, name in enumerate(self.names):
-            if self.columns[i].element is ElementType.STRING:
+            if self.columns[i].element in _OF_ANY_LENGTH:
                 columns[name] = [str(values[i]) for values in texts]
             else:
                 columns[name] = numbers[f"f{i}"]
@@ -112,7 +136,7 @@ class RowFormat:
 
     def _misfit(self, values: Sequence[Scalar]) -> FeatureInvalid:
         for column, value in zip(self.columns, values, strict=True):
-            if column.element is ElementType.STRING:
+            if column.element in _OF_ANY_LENGTH:
                 continue
             try:
                 struct.pack("<" + _STRUCT_CODE[column.element], value)

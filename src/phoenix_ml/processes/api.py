@@ -18,13 +18,21 @@ import uvloop
 
 from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_predict, cache_features, open_features
+from phoenix_ml.bootstrap import (
+    Phoenix,
+    bootstrap,
+    bootstrap_infer,
+    bootstrap_predict,
+    cache_features,
+    open_features,
+)
 from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable, PhoenixError
 from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
 from phoenix_ml.infrastructure.http.hot_lane import HotLane, Lane
+from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
@@ -64,6 +72,7 @@ async def serve(
     hits, misses = (metrics.counter(catalogue.FEATURE_CACHE_READS, outcome=o) for o in ("hit", "miss"))
     features = cache_features(open_features(settings), settings, hits.add, misses.add)
     live, predict = bootstrap_predict(phoenix, features, journal, meter)
+    infer = bootstrap_infer(phoenix, live, predict, journal, meter)
     calls = PredictionCalls(
         predict,
         live,
@@ -73,14 +82,16 @@ async def serve(
         batch_limit=settings.batch_limit,
     )
 
+    infer_calls = InferCalls(infer, live, meter, body_limit_bytes=settings.tensor_body_limit_bytes)
+
     def journal_state() -> str:
         refusal = writer.refusal
         if refusal and settings.journal_full == "drop":
             return f"{refusal}; predictions are answered and not on record"
         return refusal or "ok"
 
-    lane = Lane(calls, browser_check(settings), settings.body_limit_bytes)
-    app = build_app(phoenix, features, live, calls, journal_state)
+    lane = Lane(calls, infer_calls, browser_check(settings), settings.body_limit_bytes)
+    app = build_app(phoenix, features, live, calls, infer_calls, journal_state)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -109,6 +120,7 @@ async def serve(
         await looked.wait()
         await _greet(features)
         await server.serve(sockets=[listener])
+        await infer.drain()
         await predict.drain()
     finally:
         # Threads that wait for a database that hangs would keep the process for as long.

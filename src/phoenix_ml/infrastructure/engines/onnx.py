@@ -1,10 +1,13 @@
-"""ONNX Runtime behind the ``Engine`` port: tabular classifiers and regressors."""
+"""ONNX Runtime behind the ``Engine`` ports: tabular classifiers and regressors, and graphs of any shape."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence, Set
+from math import prod
 from operator import getitem
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -13,6 +16,7 @@ from phoenix_ml.application.ports import ModelHints
 from phoenix_ml.domain.errors import InferenceFailed, ModelRefused, RowCountWrong
 from phoenix_ml.domain.models import Metadata, Signature, Task, TensorSpec
 from phoenix_ml.domain.rows import ElementType, Outputs, Rows
+from phoenix_ml.domain.tensors import DATATYPE_OF, Tensor
 
 _ELEMENTS: Final = {"float": "float32", "double": "float64"}
 _DTYPES: Final[dict[ElementType, Any]] = {
@@ -31,6 +35,17 @@ _ZIPMAPS: Final = {"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float
 # the copy into bound memory costs what binding saves.
 _BOUND_ROWS: Final = 64
 _BOUND_BYTES: Final = 65_536
+
+# Operators that keep a generator from one run to the next, even with a seed.
+_STATEFUL: Final = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+_ONNX_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, without onnx, which API processes never import
 
 # ONNX Runtime's exceptions share no base class of their own.
 _RUNTIME_ERRORS: Final[tuple[type[Exception], ...]] = (
@@ -65,14 +80,31 @@ class OnnxEngines:
 
     def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
         try:
-            labels_in_graph = _check_graph(artifact)
+            graph = _check_graph(artifact)
             session = self._session(artifact)
             signature = Signature(
-                tuple(_spec(node) for node in session.get_inputs()),
-                tuple(_spec(node) for node in session.get_outputs()),
+                tuple(_spec(node, graph.ranked) for node in session.get_inputs()),
+                tuple(_spec(node, graph.ranked) for node in session.get_outputs()),
             )
         except UnicodeDecodeError as exc:
             raise ModelRefused(f"a name in the model is not text: {exc}", framework="onnx") from exc
+        tensors = Metadata(
+            signature=signature, features=(), contract={}, task=Task.TENSORS, runtime=self.runtime
+        )
+        if hints.task == Task.TENSORS:
+            _check_carried(signature)
+            return tensors
+        try:
+            return self._inspect_rows(signature, graph.labels, hints)
+        except ModelRefused as exc:
+            # Who names features or a task means rows, and wants to know why they are none.
+            if hints.task is not None or hints.feature_names or not _is_carried(signature):
+                raise
+            return msgspec.structs.replace(tensors, not_tabular=exc.message)
+
+    def _inspect_rows(
+        self, signature: Signature, labels_in_graph: tuple[str | int, ...], hints: ModelHints
+    ) -> Metadata:
         width = sum(signature.widths)
         if not width:
             raise ModelRefused("the model takes no inputs: its answer would never depend on a feature")
@@ -99,6 +131,9 @@ class OnnxEngines:
 
     def load(self, artifact: Path, metadata: Metadata) -> "OnnxEngine":
         return OnnxEngine(self._session(artifact), metadata)
+
+    def load_tensors(self, artifact: Path, metadata: Metadata) -> "OnnxGraph":
+        return OnnxGraph(self._session(artifact), metadata)
 
     def _session(self, artifact: Path) -> ort.InferenceSession:
         try:
@@ -131,7 +166,59 @@ class _Memory(NamedTuple):
     bound: dict[int, _Bound]
 
 
-class OnnxEngine:
+class OnnxGraph:
+    """One session, from tensors to tensors. See ``TensorEngine`` for the contract."""
+
+    def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
+        self._session = session
+        self._run_options = ort.RunOptions()
+        signature = metadata.signature
+        self._datatypes = {spec.name: DATATYPE_OF.get(spec.type, "FP32") for spec in signature.outputs}
+        # What numpy has no type for takes another way.
+        self._has_bfloat16 = any(spec.type == "bfloat16" for spec in (*signature.inputs, *signature.outputs))
+        self._class_labels: list[str | int] = list(metadata.class_labels)
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        return self._as_tensors(outputs, self._run_tensors(inputs, outputs))
+
+    def _run_tensors(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Any]:
+        try:
+            if self._has_bfloat16:
+                return self._run_values(inputs, outputs)
+            feeds = {name: tensor.array for name, tensor in inputs.items()}
+            answered: list[Any] = self._session._sess.run(outputs, feeds, self._run_options)
+        except _RUNTIME_ERRORS as exc:
+            raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
+        return answered
+
+    def _run_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Any]:
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                np.ascontiguousarray(tensor.array), _ONNX_BFLOAT16
+            )
+            if tensor.datatype == "BF16"
+            else ort.OrtValue.ortvalue_from_numpy(tensor.array)
+            for name, tensor in inputs.items()
+        }
+        answered = self._session.run_with_ort_values(list(outputs), values)
+        return [
+            _read_bfloat16(value) if value.data_type() == "tensor(bfloat16)" else value.numpy()
+            for value in answered
+        ]
+
+    def _as_tensors(self, outputs: Sequence[str], answered: Sequence[Any]) -> list[Tensor]:
+        tensors = []
+        for name, output in zip(outputs, answered, strict=True):
+            if output is None:
+                raise InferenceFailed(f"the model gave no value for its output {name!r}")
+            array = output
+            if isinstance(output, list):  # ZipMap: one {label: probability} a row
+                array = np.array(_probability_rows(output, self._class_labels), np.float32)
+            tensors.append(Tensor(self._datatypes[name], array))
+        return tensors
+
+
+class OnnxEngine(OnnxGraph):
     """One session. See ``Engine`` for the contract.
 
     Where all features are one numeric tensor, runs of up to ``_BOUND_ROWS`` rows read and write memory that
@@ -155,9 +242,9 @@ class OnnxEngine:
     """
 
     def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
-        self._session = session
+        super().__init__(session, metadata)
         self._task = metadata.task
-        self._labels: list[str | int] = list(metadata.class_labels)
+        self._labels = self._class_labels
         self._column_of = {label: i for i, label in enumerate(self._labels)}.__getitem__
         self._wanted = [n for n in (metadata.label_output, metadata.scores_output) if n is not None]
         self._has_label = metadata.label_output is not None
@@ -179,7 +266,6 @@ class OnnxEngine:
             _, width, _, dtype = self._inputs[0]
             self._bound_rows = min(_BOUND_ROWS, _BOUND_BYTES // (width * dtype.itemsize))
         self._run_bound = session._sess.run_with_iobinding
-        self._run_options = ort.RunOptions()
 
     def run(self, rows: Rows) -> Outputs:
         packed = rows.packed
@@ -234,12 +320,25 @@ class OnnxEngine:
         _, flat = self._run_feeds(feeds, count)
         return self._answer(flat)
 
+    def infer_rows(
+        self, inputs: Mapping[str, Tensor], outputs: Sequence[str], count: int
+    ) -> tuple[list[Tensor], Outputs]:
+        wanted = [*self._wanted, *(name for name in outputs if name not in self._wanted)]
+        answered = self._run_tensors(inputs, wanted)
+        flat = self._check_count(answered[: len(self._wanted)], count)
+        tensors = self._as_tensors(outputs, [answered[wanted.index(name)] for name in outputs])
+        return tensors, self._answer(flat)
+
     def _run_feeds(self, feeds: Mapping[str, NDArray[Any]], count: int) -> tuple[list[Any], list[Any]]:
         """The outputs as they are, and with one number a row as a list of them has it."""
         try:
             outputs = self._session._sess.run(self._wanted, feeds, self._run_options)
         except _RUNTIME_ERRORS as exc:
             raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
+        return outputs, self._check_count(outputs, count)
+
+    def _check_count(self, outputs: Sequence[Any], count: int) -> list[Any]:
+        """The outputs with one number a row as a list of them has it. Raises RowCountWrong."""
         flat = self._flatten(outputs)
         answered = [len(output) if isinstance(output, list) or output.ndim else 0 for output in flat]
         if any(number != count for number in answered):
@@ -247,7 +346,7 @@ class OnnxEngine:
                 f"the model answers {' and '.join(map(str, answered))} results for {count} "
                 f"row{'s' if count > 1 else ''}; the first dimension of its outputs must be the rows"
             )
-        return outputs, flat
+        return flat
 
     def _bind(self, memory: _Memory, count: int) -> _Bound:
         binding = self._session.io_binding()
@@ -326,19 +425,55 @@ def _probability_rows(scores: Any, labels: list[str | int]) -> list[list[float]]
     return rows
 
 
-def _spec(node: ort.NodeArg) -> TensorSpec:
+def _read_bfloat16(value: ort.OrtValue) -> NDArray[Any]:
+    """The value's 16 bits an element; numpy cannot be asked for them."""
+    shape = value.shape()
+    held = (ctypes.c_uint16 * prod(shape)).from_address(value.data_ptr())
+    return np.array(held, np.uint16).reshape(shape)
+
+
+def _is_carried(signature: Signature) -> bool:
+    try:
+        _check_carried(signature)
+    except ModelRefused:
+        return False
+    return True
+
+
+def _check_carried(signature: Signature) -> None:
+    """Raises ModelRefused, saying why, for inputs and outputs that no protocol of ours can carry."""
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            if spec.type in DATATYPE_OF:
+                continue
+            if spec.type.startswith("seq("):
+                why = "a sequence; export the model with tensors alone (a ZipMap: skl2onnx's zipmap=False)"
+            elif spec.type.startswith("optional("):
+                why = "optional; export the model so that it is always there"
+            else:
+                why = f"of type {spec.type}, which is none of {', '.join(DATATYPE_OF.values())}"
+            raise ModelRefused(f"{kind} {spec.name!r} is {why}", framework="onnx")
+    types = {spec.type for spec in (*signature.inputs, *signature.outputs)}
+    if {"bfloat16", "string"} <= types:
+        raise ModelRefused(
+            "the model has tensors of bfloat16 and of strings, which ONNX Runtime's Python interface cannot pass together",
+            framework="onnx",
+        )
+
+
+def _spec(node: ort.NodeArg, ranked: Set[str]) -> TensorSpec:
     element = node.type
     if element.startswith("tensor("):
         element = element[len("tensor(") : -1]
         element = _ELEMENTS.get(element, element)
     shape = tuple(d if isinstance(d, int) and d > 0 else None for d in node.shape or ())
-    return TensorSpec(node.name, element, shape)
+    return TensorSpec(node.name, element, shape, bool(shape) or node.name in ranked)
 
 
 def _roles(outputs: tuple[TensorSpec, ...], task: str | None) -> tuple[str | None, str | None, Task]:
     """Which output is the label and which the scores (or the regression's value), and the task."""
     if task is not None and task not in list(Task):
-        raise ModelRefused(f"task {task!r} is not known; it is {' or '.join(Task)}", task=task)
+        raise ModelRefused(f"task {task!r} is not known; it is one of {', '.join(Task)}", task=task)
     labels = [o for o in outputs if o.type in _LABEL_TYPES and len(o.shape) <= 2]
     maps = [o for o in outputs if o.type in _ZIPMAPS]
     floats = [o for o in outputs if o.type in _FLOAT_TYPES and 1 <= len(o.shape) <= 2]
@@ -357,8 +492,15 @@ def _roles(outputs: tuple[TensorSpec, ...], task: str | None) -> tuple[str | Non
     return None, scores.name, Task.REGRESSION
 
 
-def _check_graph(artifact: Path) -> tuple[str | int, ...]:
-    """The class labels that the graph names, if any.
+class _Graph(NamedTuple):
+    """The class labels that a graph names, if any, and the inputs and outputs whose number of dimensions it says."""
+
+    labels: tuple[str | int, ...]
+    ranked: Set[str]
+
+
+def _check_graph(artifact: Path) -> _Graph:
+    """What the file says that a session does not tell.
 
     Raises ModelRefused for a file that is no ONNX model, and for tensors stored outside of it: their
     paths would let an uploaded model read any file of the server.
@@ -379,6 +521,22 @@ def _check_graph(artifact: Path) -> tuple[str | int, ...]:
                 "(onnx.save without save_as_external_data)",
                 tensor=tensor.name,
             )
+    for node in _nodes(model):
+        if node.domain in ("", "ai.onnx") and node.op_type in _STATEFUL:
+            raise ModelRefused(
+                f"{node.op_type} (node {node.name!r}) draws from a generator that every run moves on: the same request "
+                "would not get the same answer, and none could be computed again; make the random numbers an input",
+                framework="onnx",
+            )
+    ranked = {
+        value.name
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+    return _Graph(_labels(model), ranked)
+
+
+def _labels(model: Any) -> tuple[str | int, ...]:
     # The labels of a ZipMap are the very keys of its maps.
     for node in sorted(model.graph.node, key=lambda node: node.op_type != "ZipMap"):
         for attribute in node.attribute:
@@ -387,6 +545,18 @@ def _check_graph(artifact: Path) -> tuple[str | int, ...]:
             if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
                 return tuple(attribute.ints)
     return ()
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    """Every node of the model, those in subgraphs and functions included."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for attribute in node.attribute:
+            waiting.extend(attribute.g.node)
+            for graph in attribute.graphs:
+                waiting.extend(graph.node)
 
 
 def _tensors(model: Any) -> Iterator[Any]:

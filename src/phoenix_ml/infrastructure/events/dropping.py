@@ -19,3 +19,11 @@ class DroppingJournal:
             self._journal.append_many(payloads, schema_digest, schema)
         except JournalFull:
             self._count_dropped(len(payloads))
+
+    def append_batch(
+        self, payload: bytes, count: int, schema_digest: bytes = b"", schema: bytes = b""
+    ) -> None:
+        try:
+            self._journal.append_batch(payload, count, schema_digest, schema)
+        except JournalFull:
+            self._count_dropped(count)

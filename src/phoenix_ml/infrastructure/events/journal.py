@@ -14,6 +14,7 @@ is all or nothing, and so is a group::
 
     kind 1, an event     body = payload
     kind 2, a group      body = u32 length, schema (length 0: in an earlier group), then u32 length, payload; ...
+    kind 3, a batch      body = one payload that stands for many events, which a reader makes of it
 
 The schema key is the first 8 bytes of the schema's digest, zeros for none. The first record of a segment
 that needs a schema is a group that carries it, so a segment explains itself.
@@ -43,12 +44,14 @@ from typing import NamedTuple
 from zlib import crc32
 
 from phoenix_ml.domain.errors import JournalFull
+from phoenix_ml.infrastructure.events.codec import expand_batch
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
 _MAGIC = b"\xf5PJ1"
 _EVENT = 1
 _GROUP = 2
+_BATCH = 3
 _NO_SCHEMA = bytes(8)
 
 _HEADER = Struct("<4sIIB8s")
@@ -171,10 +174,28 @@ class JournalWriter:
                 return
         self.append_many((payload,), schema_digest, schema)
 
+    def append_batch(
+        self, payload: bytes, _count: int, schema_digest: bytes = b"", schema: bytes = b""
+    ) -> None:
+        """Put many events on record as the one payload that stands for them; errors as for ``append``."""
+        # As much as the record takes, and its schema if that is still to come.
+        need_bytes = 2 * _HEADER.size + _LENGTH.size + len(schema) + len(payload)
+        if len(payload) > MAX_BODY_BYTES:
+            message = f"a record of {len(payload)} bytes is beyond the journal's {MAX_BODY_BYTES}"
+            raise ValueError(message)
+        if self._end + need_bytes > self._stop:
+            self._make_room(need_bytes)
+        if schema_digest not in self._keys:
+            self._append_group((), schema_digest, schema)
+        checked = _CHECKED_HEADER.pack(len(payload), _BATCH, self._keys[schema_digest]) + payload
+        self._write(_MARK.pack(_MAGIC, crc32(checked, self._seed)) + checked, need_bytes)
+
     def append_many(self, payloads: Sequence[bytes], schema_digest: bytes = b"", schema: bytes = b"") -> None:
         """Put all these events on record or none, with one write; errors as for ``append``."""
-        if not payloads:
-            return
+        if payloads:
+            self._append_group(payloads, schema_digest, schema)
+
+    def _append_group(self, payloads: Sequence[bytes], schema_digest: bytes, schema: bytes) -> None:
         if self._closed:
             raise ValueError("the journal is closed")
         key = self._schema_key(schema_digest, schema)
@@ -194,15 +215,17 @@ class JournalWriter:
         parts = [schema if schema_digest not in self._keys else b"", *payloads]
         body = b"".join([piece for part in parts for piece in (_LENGTH.pack(len(part)), part)])
         checked = _CHECKED_HEADER.pack(len(body), _GROUP, key) + body
-        record = _MARK.pack(_MAGIC, crc32(checked, self._seed)) + checked
+        self._write(_MARK.pack(_MAGIC, crc32(checked, self._seed)) + checked, most_bytes)
+        self._keys[schema_digest] = key
+
+    def _write(self, record: bytes, need_bytes: int) -> None:
         try:
             written = os.write(self._fd, record)
         except OSError as exc:
-            raise self._refused(exc.strerror, most_bytes) from exc
+            raise self._refused(exc.strerror, need_bytes) from exc
         if written != len(record):
-            raise self._undone(written, most_bytes)
+            raise self._undone(written, need_bytes)
         self._end += written
-        self._keys[schema_digest] = key
         self._refused_bytes = 0
 
     def sync(self) -> None:
@@ -526,6 +549,13 @@ class JournalReader:
                 schema = next(iter(payloads), b"")
                 if schema:
                     schemas[key] = schema
+            elif kind == _BATCH:
+                try:
+                    payloads = expand_batch(body)
+                except ValueError as exc:
+                    add(JournalRecord(body, None, path, offset + position, str(exc)))
+                    position = end
+                    continue
             else:
                 break
             explains = schemas.get(key)

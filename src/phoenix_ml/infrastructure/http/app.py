@@ -34,14 +34,17 @@ from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequ
 from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive
 from phoenix_ml.infrastructure.http.calls import DEFECT, PredictionCalls, Send
 from phoenix_ml.infrastructure.http.codec import encode_error
-from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
+from phoenix_ml.infrastructure.http.errors import inference_status_of, retry_after_s, status_of
 from phoenix_ml.infrastructure.http.features import feature_routes
+from phoenix_ml.infrastructure.http.infer import INFER_PATH, InferCalls, encode_inference_error
 from phoenix_ml.infrastructure.http.models import model_routes
 from phoenix_ml.infrastructure.http.monitoring import monitoring_routes
+from phoenix_ml.infrastructure.http.open_inference import inference_routes
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.records import record_routes
 from phoenix_ml.infrastructure.http.retraining import retraining_routes
 from phoenix_ml.infrastructure.http.routes import answer, describe_body
+from phoenix_ml.infrastructure.http.tensors import InferBody
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT, SHIP_HEARTBEAT
 from phoenix_ml.infrastructure.telemetry.logs import request_id_var
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
@@ -64,24 +67,26 @@ def build_app(
     features: FeatureStore,
     live: LiveModels,
     calls: PredictionCalls,
+    infer_calls: InferCalls,
     journal_state: Callable[[], str],
 ) -> Asgi:
     """The application. The calls that carry the load never enter FastAPI."""
-    explored = explored_app(phoenix, features, live, calls, journal_state)
+    explored = explored_app(phoenix, features, live, calls, infer_calls, journal_state)
     check_browser = browser_check(phoenix.settings)
 
     async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["method"] == "POST"
-            and scope["path"] in calls.by_path
-            and check_browser(scope) is None  # else FastAPI's side answers the refusal
-        ):
-            await calls(scope, receive, send)
-        else:
-            # What fails there is answered and logged by our handler; Starlette raises it again all the same.
-            with contextlib.suppress(Exception):
-                await explored(scope, receive, send)  # type: ignore[arg-type]
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"]
+            if path in calls.by_path:
+                if check_browser(scope) is None:  # else FastAPI's side answers the refusal
+                    await calls(scope, receive, send)
+                    return
+            elif (target := INFER_PATH.fullmatch(path)) is not None and check_browser(scope) is None:
+                await infer_calls(scope, receive, send, (target[1], target[2]))
+                return
+        # What fails there is answered and logged by our handler; Starlette raises it again all the same.
+        with contextlib.suppress(Exception):
+            await explored(scope, receive, send)  # type: ignore[arg-type]
 
     return app
 
@@ -91,6 +96,7 @@ def explored_app(
     features: FeatureStore,
     live: LiveModels,
     calls: PredictionCalls,
+    infer_calls: InferCalls,
     journal_state: Callable[[], str],
 ) -> FastAPI:
     """All routes on FastAPI, the loaded calls among them: for servers other than ours, and for tests."""
@@ -105,6 +111,7 @@ def explored_app(
     )
     _map_errors(app)
     _mount_calls(app, calls)
+    _mount_infer(app, infer_calls)
     check_browser = browser_check(phoenix.settings)
     database_probe = _DatabaseProbe(phoenix)
     goes_on_when_full = phoenix.settings.journal_full == "drop"
@@ -113,6 +120,7 @@ def explored_app(
     app.include_router(record_routes(phoenix))
     app.include_router(monitoring_routes(phoenix))
     app.include_router(retraining_routes(phoenix))
+    app.include_router(inference_routes(phoenix, live))
 
     @app.middleware("http")
     async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -123,7 +131,7 @@ def explored_app(
         started = time.perf_counter()
         try:
             refusal = check_browser(request.scope)
-            response = await call_next(request) if refusal is None else _respond(refusal)
+            response = await call_next(request) if refusal is None else _respond(request, refusal)
         finally:
             request_id_var.reset(token)
         # The loaded calls have named theirs already, by the id that is on record.
@@ -188,17 +196,7 @@ def _mount_calls(app: FastAPI, calls: PredictionCalls) -> None:
 
         async def endpoint(request: Request) -> Response:
             # Reached only where ``build_app`` is not in front.
-            answered: list[Mapping[str, Any]] = []
-
-            async def keep(message: Mapping[str, Any]) -> None:
-                answered.append(message)
-
-            await calls(request.scope, request.receive, keep)
-            if not answered:
-                raise ClientDisconnected
-            response = Response(answered[1]["body"], answered[0]["status"])
-            response.raw_headers = list(answered[0]["headers"])
-            return response
+            return await _answered(lambda keep: calls(request.scope, request.receive, keep))
 
         app.add_api_route(
             path,
@@ -211,16 +209,51 @@ def _mount_calls(app: FastAPI, calls: PredictionCalls) -> None:
         )
 
 
+def _mount_infer(app: FastAPI, infer_calls: InferCalls) -> None:
+    for place in ("/v2/models/{model_id}", "/v2/models/{model_id}/versions/{version}"):
+
+        async def endpoint(request: Request, model_id: str, version: str | None = None) -> Response:
+            target = (model_id, version)
+            return await _answered(lambda keep: infer_calls(request.scope, request.receive, keep, target))
+
+        app.add_api_route(
+            f"{place}/infer",
+            endpoint,
+            methods=["POST"],
+            name="infer_of_version" if "version" in place else "infer",
+            summary="Outputs for tensors, in JSON or with raw bytes after it.",
+            tags=["open inference protocol"],
+            openapi_extra=describe_body(InferBody),
+        )
+
+
+async def _answered(call: Callable[[Send], Awaitable[None]]) -> Response:
+    """What one of the loaded calls has sent."""
+    sent: list[Mapping[str, Any]] = []
+
+    async def keep(message: Mapping[str, Any]) -> None:
+        sent.append(message)
+
+    await call(keep)
+    if not sent:
+        raise ClientDisconnected
+    response = Response(sent[1]["body"], sent[0]["status"])
+    response.raw_headers = list(sent[0]["headers"])
+    return response
+
+
 async def _refuse_nul(request: Request) -> None:
     if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
         raise MalformedBody("the URL contains U+0000, which no database can store in a text")
 
 
-def _respond(error: PhoenixError) -> Response:
-    status = status_of(error)
+def _respond(request: Request, error: PhoenixError) -> Response:
+    is_inference = request.url.path == "/v2" or request.url.path.startswith("/v2/")
+    status = inference_status_of(error) if is_inference else status_of(error)
     if status >= 500:
         log.error("%s: %s", error.code, error.message, extra={"details": error.details})
-    response = Response(encode_error(error), status, media_type="application/json")
+    body = encode_inference_error(error) if is_inference else encode_error(error)
+    response = Response(body, status, media_type="application/json")
     if (seconds := retry_after_s(error)) is not None:
         response.headers["retry-after"] = str(seconds)
     return response
@@ -228,8 +261,8 @@ def _respond(error: PhoenixError) -> Response:
 
 def _map_errors(app: FastAPI) -> None:
     @app.exception_handler(PhoenixError)
-    async def known(_: Request, exc: PhoenixError) -> Response:
-        return _respond(exc)
+    async def known(request: Request, exc: PhoenixError) -> Response:
+        return _respond(request, exc)
 
     @app.exception_handler(ClientDisconnected)
     @app.exception_handler(ClientDisconnect)
@@ -238,26 +271,28 @@ def _map_errors(app: FastAPI) -> None:
         return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, exc: RequestValidationError) -> Response:
+    async def invalid(request: Request, exc: RequestValidationError) -> Response:
         first = exc.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        return _respond(InvalidField(f"{field}: {first['msg']}", field=field))
+        return _respond(request, InvalidField(f"{field}: {first['msg']}", field=field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, exc: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
         if exc.status_code == 404:
-            return _respond(PathUnknown(f"there is no {where}; /docs lists what there is"))
+            return _respond(request, PathUnknown(f"there is no {where}; /docs lists what there is"))
         if exc.status_code == 405:
-            return _respond(MethodNotAllowed(f"{where}: the path exists, the method does not; see /docs"))
-        return _respond(MalformedBody(str(exc.detail)))
+            return _respond(
+                request, MethodNotAllowed(f"{where}: the path exists, the method does not; see /docs")
+            )
+        return _respond(request, MalformedBody(str(exc.detail)))
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, exc: Exception) -> Response:
         request_id = getattr(request.state, "request_id", "")
         where = f"{request.method} {request.url.path}"
         log.error("%s failed: %s", where, exc, exc_info=exc, extra={"request_id": request_id})
-        response = Response(encode_error(InternalError(DEFECT)), 500, media_type="application/json")
+        response = _respond(request, InternalError(DEFECT))
         response.headers["x-request-id"] = request_id
         return response
 

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from phoenix_ml.application.feedback import report_outcomes
 from phoenix_ml.application.ports import Journal
@@ -30,6 +30,7 @@ from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
 log = logging.getLogger(__name__)
 # https://www.w3.org/TR/trace-context/#traceparent-header; any other value is as if there were none.
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+JSON: Final = (b"content-type", b"application/json")
 DEFECT = "a defect on our side; it is logged"
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Answer = tuple[int, bytes, list[tuple[bytes, bytes]]]
@@ -78,9 +79,7 @@ class PredictionCalls:
             status, payload, headers = await self.by_path[scope["path"]](
                 body, started, request_id, traceparent
             )
-        headers += ((b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload)))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": payload})
+        await send_answer(send, (status, payload, headers))
 
     async def predict(
         self,
@@ -104,7 +103,7 @@ class PredictionCalls:
         self._meter.requested(
             event.model_id, event.model_version, event.role, 200, time.perf_counter() - started
         )
-        return 200, payload, _request_id_header(event.request_id)
+        return 200, payload, [*request_id_header(event.request_id), JSON]
 
     async def predict_batch(
         self, body: bytes, started: float, request_id: str, traceparent: str | None = None
@@ -120,7 +119,7 @@ class PredictionCalls:
         versions = {answer.event.model_version for answer in answers}
         version = versions.pop() if len(versions) == 1 else "several"
         self._meter.requested(model_id, version, "batch", 200, time.perf_counter() - started)
-        return 200, payload, _request_id_header(request_id or new_id())
+        return 200, payload, [*request_id_header(request_id or new_id()), JSON]
 
     async def feedback(self, body: bytes, started: float, request_id: str, _: str | None = None) -> Answer:
         try:
@@ -128,7 +127,7 @@ class PredictionCalls:
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
             return self._refuse(exc, OTHER, request_id, started)
         self._meter.requested(OTHER, "", "feedback", 202, time.perf_counter() - started)
-        return 202, encode_json({"accepted": accepted}), _request_id_header(request_id or new_id())
+        return 202, encode_json({"accepted": accepted}), [*request_id_header(request_id or new_id()), JSON]
 
     def _refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
         """The answer to a request that failed; a defect of ours is logged, not shown."""
@@ -147,10 +146,18 @@ class PredictionCalls:
             )
         known = model_id if model_id in self._live.models else OTHER
         self._meter.requested(known, "", "", status, time.perf_counter() - started)
-        headers = _request_id_header(request_id)
+        headers = [*request_id_header(request_id), JSON]
         if (seconds := retry_after_s(error)) is not None:
             headers.append((b"retry-after", b"%d" % seconds))
         return status, encode_error(error), headers
+
+
+async def send_answer(send: Send, answer: Answer) -> None:
+    """Sends an answer by ASGI."""
+    status, payload, headers = answer
+    headers.append((b"content-length", b"%d" % len(payload)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": payload})
 
 
 def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, int, str | None]:
@@ -166,7 +173,7 @@ def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, int, str 
     return request_id, length, traceparent
 
 
-def _request_id_header(request_id: str) -> list[tuple[bytes, bytes]]:
+def request_id_header(request_id: str) -> list[tuple[bytes, bytes]]:
     """The header; none for an id that could not stand in one, such as one with a line break."""
     if request_id.isascii() and request_id.isprintable():
         return [(b"x-request-id", request_id.encode())]

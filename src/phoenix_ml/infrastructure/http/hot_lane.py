@@ -1,4 +1,4 @@
-"""The hot lane: ``POST /predict`` from bytes to bytes in uvicorn's protocol, without ASGI.
+"""The hot lane: ``POST /predict`` and ``POST /v2/models/…/infer`` from bytes to bytes in uvicorn's protocol.
 
 uvicorn with an empty ASGI application costs about 24 µs of CPU a request, this about 5 (docs/adr/0011). Every
 other request, and every odd one, goes uvicorn's own way, so what the two do must not differ: one test suite
@@ -6,8 +6,10 @@ runs over both.
 """
 
 import logging
+import re
 from asyncio import Future
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any, Final, NamedTuple
@@ -16,13 +18,17 @@ import httptools
 
 from phoenix_ml.domain.errors import InternalError
 from phoenix_ml.domain.events import PredictionMade
-from phoenix_ml.infrastructure.http.calls import DEFECT, Answer, PredictionCalls, read_headers
+from phoenix_ml.infrastructure.http.calls import DEFECT, JSON, Answer, PredictionCalls, read_headers
 from phoenix_ml.infrastructure.http.codec import encode_error
+from phoenix_ml.infrastructure.http.infer import INFER_PATH, InferCalls, read_infer_headers
 from phoenix_ml.infrastructure.http.origins import Check
 from phoenix_ml.infrastructure.http.protocol import BoundedHeads
 
 log = logging.getLogger(__name__)
-_REQUEST_LINE: Final = b"POST /predict HTTP/1.1\r\n"
+_BEGINNINGS: Final = (b"POST /predict HTTP/1.1\r\n", b"POST /v2/models/")
+_REQUEST_LINE: Final = re.compile(rb"POST (/[!-~]*) HTTP/1\.1\r\n")
+# What needs no decoding: uvicorn's way for the rest.
+_IS_PLAIN: Final = re.compile(r"[A-Za-z0-9._~/+-]+")
 _END_OF_HEAD: Final = b"\r\n\r\n"
 # Larger ones are rare, and uvicorn's way with them is not much dearer.
 _BODY_LIMIT_BYTES: Final = 64 * 1024
@@ -39,15 +45,17 @@ class Head(NamedTuple):
     """What the hot lane needs to know of a request's head."""
 
     body_bytes: int
-    request_id: str
-    traceparent: str | None
+    answer: Callable[[bytes, float], Coroutine[Any, Any, Answer]]
 
 
 class Lane:
     """What the connections of one server share."""
 
-    def __init__(self, calls: PredictionCalls, check_browser: Check, body_limit_bytes: int) -> None:
-        self.predict = calls.predict
+    def __init__(
+        self, calls: PredictionCalls, infer_calls: InferCalls, check_browser: Check, body_limit_bytes: int
+    ) -> None:
+        self._predict = calls.predict
+        self._infer = infer_calls.infer
         self._check_browser = check_browser
         self._body_limit_bytes = min(body_limit_bytes, _BODY_LIMIT_BYTES)
         self._heads: dict[bytes, Head | None] = {}
@@ -85,7 +93,21 @@ class Lane:
         request_id, body_bytes, traceparent = read_headers(headers)
         if not 0 < body_bytes <= self._body_limit_bytes:
             return None
-        return Head(body_bytes, request_id, traceparent)
+        line = _REQUEST_LINE.match(head + _END_OF_HEAD)
+        path = "" if line is None else line[1].decode()
+        if path == "/predict":
+            return Head(
+                body_bytes,
+                partial(self._predict, request_id=request_id, traceparent=traceparent, new_pending=_Pending),
+            )
+        found = INFER_PATH.fullmatch(path)
+        about = read_infer_headers(headers)
+        if found is None or not _IS_PLAIN.fullmatch(path) or about.coding or about.accepted:
+            return None
+        model_id, version = found.groups()
+        return Head(
+            body_bytes, partial(self._infer, model_id, version, about, request_id, traceparent, _Pending)
+        )
 
     def default_lines(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """uvicorn's own headers, such as the date, which it makes anew each second."""
@@ -178,7 +200,7 @@ class HotLane(BoundedHeads):
         cycle: Any = self.cycle
         if (
             self._is_between
-            and data.startswith(_REQUEST_LINE)
+            and data.startswith(_BEGINNINGS)
             and (cycle is None or cycle.response_complete)
             and not self.flow.write_paused
             and not self.transport.is_closing()
@@ -237,7 +259,7 @@ class HotLane(BoundedHeads):
             self.flow.pause_reading()
 
     def _answer(self, head: Head, body: bytes) -> None:
-        work = self._lane.predict(body, perf_counter(), head.request_id, head.traceparent, _Pending)
+        work = head.answer(body, perf_counter())
         # Driven by hand: a task costs 3 µs, and most answers wait for nothing.
         try:
             awaited = work.send(None)
@@ -253,7 +275,7 @@ class HotLane(BoundedHeads):
         """What ASGI's errors come to with uvicorn."""
         log.exception("a request could not be answered: a defect on our side")
         self._in_flight.keep_alive = False
-        self._reply((500, encode_error(InternalError(DEFECT)), []))
+        self._reply((500, encode_error(InternalError(DEFECT)), [JSON]))
 
     def _reply(self, answer: Answer) -> None:
         in_flight = self._in_flight
@@ -269,7 +291,7 @@ class HotLane(BoundedHeads):
             if not in_flight.keep_alive:
                 pieces.append(b"connection: close\r\n")
             length = b"%d" % len(payload)
-            pieces += (b"content-type: application/json\r\ncontent-length: ", length, b"\r\n\r\n", payload)
+            pieces += (b"content-length: ", length, b"\r\n\r\n", payload)
             transport.write(b"".join(pieces))
             if not in_flight.keep_alive:
                 transport.close()

@@ -3,7 +3,7 @@
 import logging
 from array import array
 
-from phoenix_ml.domain.events import PredictionMade
+from phoenix_ml.domain.events import PredictionMade, PredictionsMade
 from phoenix_ml.domain.features import SOURCE_OF_LETTER
 from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.infrastructure.telemetry import catalogue
@@ -92,6 +92,24 @@ class MetricsMeter:
         else:
             for letter in letters:
                 self._source(model, letter).add()
+
+    def answered_rows(self, rows: PredictionsMade, feature_count: int) -> None:
+        count = len(rows.results)
+        key = (rows.model_id, rows.model_version, rows.strategy, rows.role, rows.sources)
+        counters = self._predictions.get(key)
+        if counters is None:
+            predictions = self._counter(
+                catalogue.PREDICTIONS,
+                model=rows.model_id,
+                version=rows.model_version,
+                strategy=rows.strategy.value,
+                role=rows.role.value,
+            )
+            counters = self._predictions[key] = predictions, self._source(rows.model_id, rows.sources)
+        predictions, values = counters
+        predictions.add(count)
+        if values is not None:
+            values.add(count * feature_count)
 
     def requested(self, model: str, version: str, role: str, code: int, seconds: float) -> None:
         """One HTTP request was answered. The names must be registered ones or ``OTHER``."""

@@ -358,8 +358,8 @@ class _Plan(NamedTuple):
 
 
 # Kept, because parsing the keys and writing the labels takes 25 ms of 26 for 2,000 counters in three processes.
-# Three are in use: both formats of all metrics, and the one metric that the health check reads.
-@lru_cache(maxsize=4)
+# Four are in use: both formats of all metrics, the one that the health check reads, and the statistics of versions.
+@lru_cache(maxsize=6)
 def _plan(
     slots: tuple[tuple[str, bytes], ...], definitions: tuple[Definition, ...], openmetrics: bool
 ) -> _Plan:

@@ -1,0 +1,214 @@
+"""Tensors of any shape, as the Open Inference Protocol names and carries them."""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from math import prod
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from phoenix_ml.domain.errors import TensorInvalid
+
+Array = NDArray[Any]
+
+# What a graph calls its elements, by the protocol's name for them. numpy has no bfloat16: its 16 bits travel as uint16.
+ELEMENT_OF: Final[Mapping[str, str]] = {
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "FP16": "float16",
+    "BF16": "bfloat16",
+    "FP32": "float32",
+    "FP64": "float64",
+    "BYTES": "string",
+}
+DATATYPE_OF: Final[Mapping[str, str]] = {element: datatype for datatype, element in ELEMENT_OF.items()}
+DTYPE_OF: Final[Mapping[str, np.dtype[Any]]] = {
+    datatype: np.dtype(object)
+    if datatype == "BYTES"
+    else np.dtype("<u2" if datatype == "BF16" else element).newbyteorder("<")
+    for datatype, element in ELEMENT_OF.items()
+}
+# numpy has 64 at most; nobody's network has more than eight.
+_MOST_DIMENSIONS: Final = 32
+_MOST_ELEMENTS: Final = 2**40
+_LENGTH_BYTES: Final = 4
+
+
+class Tensor(NamedTuple):
+    """An array and the protocol's name for its elements. BYTES are an array of ``str`` objects."""
+
+    datatype: str
+    array: Array
+
+
+def count_elements(name: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of the shape has. Raises TensorInvalid for what is no shape."""
+    if len(shape) > _MOST_DIMENSIONS:
+        raise TensorInvalid(
+            f"tensor {name!r} has {len(shape)} dimensions, {_MOST_DIMENSIONS} are allowed", tensor=name
+        )
+    count = prod(shape)
+    if count > _MOST_ELEMENTS or min(shape, default=0) < 0 or max(shape, default=0) > _MOST_ELEMENTS:
+        raise TensorInvalid(f"tensor {name!r}: {list(shape)} is not the shape of a tensor", tensor=name)
+    return count
+
+
+def check_datatype(name: str, datatype: str) -> np.dtype[Any]:
+    """The array's type. Raises TensorInvalid for a datatype that the protocol does not have."""
+    try:
+        return DTYPE_OF[datatype]
+    except KeyError:
+        raise TensorInvalid(
+            f"tensor {name!r} is of datatype {datatype[:40]!r}; the protocol has {', '.join(DTYPE_OF)}",
+            tensor=name,
+        ) from None
+
+
+def decode_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryview) -> Array:
+    """The array of the shape that little-endian, row-major bytes hold; of BYTES each has its u32 length before it.
+
+    Raises TensorInvalid when the bytes are more or fewer.
+    """
+    dtype = check_datatype(name, datatype)
+    count = count_elements(name, shape)
+    if datatype == "BYTES":
+        return as_array(name, datatype, shape, _split_texts(name, count, bytes(data)))
+    if len(data) != count * dtype.itemsize:
+        raise TensorInvalid(
+            f"tensor {name!r} has {len(data)} bytes of data; {datatype} {list(shape)} takes {count * dtype.itemsize}",
+            tensor=name,
+        )
+    array = np.frombuffer(data, dtype)
+    return array if len(shape) == 1 else array.reshape(shape)
+
+
+def encode_raw(tensor: Tensor) -> bytes:
+    """The bytes that ``decode_raw`` takes."""
+    if tensor.datatype != "BYTES":
+        return tensor.array.tobytes()
+    texts = [str(text).encode() for text in tensor.array.reshape(-1)]
+    return b"".join([piece for text in texts for piece in (len(text).to_bytes(4, "little"), text)])
+
+
+def as_array(name: str, datatype: str, shape: Sequence[int], elements: Sequence[Any]) -> Array:
+    """The array of the shape from its elements in row-major order, which have the Python type that fits.
+
+    Raises TensorInvalid when they are more or fewer, or beyond what the datatype holds.
+    """
+    dtype = check_datatype(name, datatype)
+    count = count_elements(name, shape)
+    if len(elements) != count:
+        raise TensorInvalid(
+            f"tensor {name!r} has {len(elements)} elements; its shape {list(shape)} takes {count}",
+            tensor=name,
+        )
+    if datatype == "BF16":
+        raise TensorInvalid(f"tensor {name!r}: BF16 is sent as raw bytes only", tensor=name)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(elements, dtype)
+    except (OverflowError, ValueError, TypeError) as exc:
+        raise TensorInvalid(
+            f"tensor {name!r} has an element that is no {datatype}: {exc}", tensor=name
+        ) from exc
+    if (
+        datatype in ("FP16", "FP32")
+        and np.isinf(array).any()
+        and not np.isinf(np.array(elements, float)).any()
+    ):
+        raise TensorInvalid(f"tensor {name!r} has a number that is too large for {datatype}", tensor=name)
+    return array.reshape(shape)
+
+
+def _split_texts(name: str, count: int, data: bytes) -> list[str]:
+    texts: list[str] = []
+    position = 0
+    while position < len(data) and len(texts) <= count:
+        end = position + _LENGTH_BYTES
+        end += int.from_bytes(data[position:end], "little")
+        if end > len(data):
+            raise TensorInvalid(
+                f"tensor {name!r}: element {len(texts)} ends beyond the tensor's data", tensor=name
+            )
+        try:
+            texts.append(data[position + _LENGTH_BYTES : end].decode())
+        except UnicodeDecodeError as exc:
+            raise TensorInvalid(
+                f"tensor {name!r}: element {len(texts)} is not UTF-8, as texts of ONNX are: {exc}",
+                tensor=name,
+            ) from None
+        position = end
+    return texts
+
+
+class _Packed(Struct, array_like=True):
+    """A tensor on record; ``data`` is None where it was larger than is kept."""
+
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | None
+    sha256: str | None
+
+
+_decode_packed = msgspec.msgpack.Decoder(_Packed).decode
+
+
+def pack_tensor(tensor: Tensor, limit_bytes: int) -> bytes:
+    """A tensor for the record: whole, or beyond the limit its shape and the SHA-256 of its raw bytes."""
+    data = encode_raw(tensor)
+    kept = data if _is_kept(tensor, data, limit_bytes) else None
+    digest = None if kept is not None else sha256(data).hexdigest()
+    return msgspec.msgpack.encode(_Packed(tensor.datatype, tuple(tensor.array.shape), kept, digest))
+
+
+def _is_kept(tensor: Tensor, data: bytes, limit_bytes: int) -> bool:
+    # No database stores U+0000 in a text.
+    return len(data) <= limit_bytes and not (
+        tensor.datatype == "BYTES" and any("\0" in text for text in tensor.array.reshape(-1))
+    )
+
+
+def unpack_tensor(packed: bytes) -> Tensor | None:
+    """The tensor that was packed; None where only its digest is on record."""
+    found = _decode_packed(packed)
+    if found.data is None:
+        return None
+    return Tensor(found.datatype, decode_raw("", found.datatype, found.shape, found.data))
+
+
+def describe_tensor(tensor: Tensor, limit_bytes: int) -> dict[str, Any]:
+    """What ``describe_packed`` says of the tensor once it is packed."""
+    described: dict[str, Any] = {"datatype": tensor.datatype, "shape": list(tensor.array.shape)}
+    data = encode_raw(tensor)
+    if not _is_kept(tensor, data, limit_bytes):
+        return described | {"sha256": sha256(data).hexdigest()}
+    return described | {"data": list_elements(tensor)}
+
+
+def describe_packed(packed: bytes) -> dict[str, Any]:
+    """What people read of a tensor on record: datatype, shape, and its data in a flat list or its digest."""
+    found = _decode_packed(packed)
+    described: dict[str, Any] = {"datatype": found.datatype, "shape": list(found.shape)}
+    if found.data is None:
+        return described | {"sha256": found.sha256}
+    array = decode_raw("", found.datatype, found.shape, found.data)
+    return described | {"data": list_elements(Tensor(found.datatype, array))}
+
+
+def list_elements(tensor: Tensor) -> list[Any]:
+    """The elements in row-major order, as JSON has them; BF16 as the numbers that its bits mean."""
+    array = tensor.array
+    if tensor.datatype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    elements: list[Any] = array.reshape(-1).tolist()
+    return elements
