@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-healing test check format bench lock clean
+.PHONY: help demo demo-healing test check format bench lock proto clean
 
 help:  ## Show this.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -37,7 +37,10 @@ lock: $(STAMPS)/test  ## Resolve the dependencies anew, for every supported Pyth
 	$(BIN)/python -m pip install -q uv
 	$(LOCK) --extra convert requirements/demo.in -o requirements/demo.txt
 	$(LOCK) --all-extras requirements/test.in -o requirements/test.txt
-	$(LOCK) --extra redis --extra postgres --extra kafka --extra alerts requirements/serve.in -o requirements/serve.txt
+	$(LOCK) --extra redis --extra postgres --extra kafka --extra alerts --extra grpc requirements/serve.in -o requirements/serve.txt
+
+proto: $(STAMPS)/test  ## Generate the messages of gRPC from inference.proto.
+	$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/phoenix_ml/infrastructure/grpc/inference.proto
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --no-header --upgrade pyproject.toml

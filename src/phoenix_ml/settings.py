@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback needs `insecure`.")
+    grpc_port: int = Field(
+        -1,
+        ge=-1,
+        le=65535,
+        description="TCP port of gRPC (extra `grpc`); 0 takes a free one, -1 serves no gRPC.",
+    )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
     roles: Literal["all", "ship", "log", "monitor", "alert", "heal", "none"] = Field(

@@ -8,6 +8,7 @@ import pytest
 import zoo
 from lanes import BATCH_LIMIT, UPLOAD_LIMIT_BYTES, Lane, ServerLane, open_lane
 from phoenix_server import PhoenixServer
+from servers import free_port
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
         batch_limit=BATCH_LIMIT,
         upload_limit_bytes=UPLOAD_LIMIT_BYTES,
         registry_poll_ms=250,
+        grpc_port=free_port(),
     )
     zoo.stock(phoenix)
     with phoenix:

@@ -40,21 +40,21 @@ def test_imports_point_inwards_only() -> None:
     assert offences == []
 
 
-def test_infrastructure_knows_of_the_outer_ring_only_what_the_http_routes_are_given() -> None:
+def test_infrastructure_knows_of_the_outer_ring_only_what_the_protocols_are_given() -> None:
     """Adapters are chosen by the composition root; one that reaches back makes the choice a circle."""
     offences = []
     for path in (PACKAGE / "infrastructure").rglob("*.py"):
         for name in imports_of(path):
             outer = name.startswith(("phoenix_ml.processes", "phoenix_ml.cli", "phoenix_ml.demo"))
             composed = name.startswith(("phoenix_ml.bootstrap", "phoenix_ml.settings"))
-            if outer or (composed and path.parent.name != "http"):
+            if outer or (composed and path.parent.name not in ("http", "grpc")):
                 offences.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert offences == []
 
 
 def test_api_process_loads_nothing_that_it_does_not_need() -> None:
     """Every library costs memory in each worker and time at each restart."""
-    unwanted = ["scipy", "sklearn", "alembic", "pyarrow", "onnx", "redis", "psycopg", "rich"]
+    unwanted = ["scipy", "grpc", "sklearn", "alembic", "pyarrow", "onnx", "redis", "psycopg", "rich"]
     program = (
         "import sys, phoenix_ml.processes.api as api\n"
         "from phoenix_ml.settings import Settings\n"

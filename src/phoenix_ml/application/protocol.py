@@ -1,21 +1,53 @@
 """What the Open Inference Protocol says of the server and of its models, as plain data for REST and gRPC alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from phoenix_ml.application.catalogue import activate
-from phoenix_ml.application.infer import carried_outputs, describe_shape
+from phoenix_ml.application.infer import Inferred, InferRequest, carried_outputs, describe_shape
 from phoenix_ml.application.ports import ArtifactStore, Engines, Registry
 from phoenix_ml.application.serving import LiveModel, LiveModels, Loaded, ServedVersion
-from phoenix_ml.domain.errors import ModelLoadFailed, Unsupported
+from phoenix_ml.domain.errors import InvalidField, ModelLoadFailed, Unsupported
 from phoenix_ml.domain.models import Metadata, ModelVersion, TensorSpec, version_precedence
 from phoenix_ml.domain.routing import Role
-from phoenix_ml.domain.tensors import DATATYPE_OF
+from phoenix_ml.domain.tensors import DATATYPE_OF, Tensor
 
+_ROUTING_KEY: Final = "routing_key"
+_ENTITY_ID: Final = "entity_id"
+PREDICTION_IDS: Final = "prediction_ids"
 EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 # What Triton's clients know of ONNX Runtime.
 _PLATFORM: Final = "onnxruntime_onnx"
 _BACKEND: Final = "onnxruntime"
+
+
+def infer_request(
+    model_id: str,
+    model_version: str | None,
+    request_id: str,
+    inputs: dict[str, Tensor],
+    outputs: Sequence[str],
+    parameters: Mapping[str, Any],
+) -> InferRequest:
+    """The request with what its parameters say. Raises InvalidField for those of ours that are no texts."""
+    texts = []
+    for name in (_ENTITY_ID, _ROUTING_KEY):
+        value = parameters.get(name)
+        if value is not None and (not isinstance(value, str) or not 0 < len(value) <= 512 or "\0" in value):
+            raise InvalidField(f"the parameter {name!r} is a text of 1 to 512 characters", field=name)
+        texts.append(value)
+    if len(request_id) > 128 or "\0" in request_id:
+        raise InvalidField("the request's id has at most 128 characters, and no U+0000", field="id")
+    entity_id, routing_key = texts
+    return InferRequest(model_id, inputs, model_version, outputs, request_id, entity_id, routing_key)
+
+
+def answer_parameters(answer: Inferred, with_all_ids: bool) -> dict[str, str]:
+    """What the protocol has no field for: the role, and the id under which the answer is on record."""
+    parameters = {"role": answer.role.value, "prediction_id": answer.prediction_id}
+    if with_all_ids:
+        parameters[PREDICTION_IDS] = ",".join(answer.prediction_ids())
+    return parameters
 
 
 def describe_server(version: str) -> dict[str, Any]:
@@ -65,7 +97,7 @@ def describe_config(live: LiveModels, model_id: str, version: str | None, batch_
         "name": model_id,
         "platform": _PLATFORM,
         "backend": _BACKEND,
-        "version_policy": {"specific": {"versions": []}} if version else {"latest": {"num_versions": 1}},
+        "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": batch_limit if batches else 0,
         "input": [_configure(spec, batches) for spec in metadata.signature.inputs],
         "output": [_configure(spec, batches) for spec in carried_outputs(metadata)],

@@ -17,6 +17,7 @@ from phoenix_ml.settings import load_settings
 @main.command()
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="TCP port; 0 takes a free one.")
+@click.option("--grpc-port", type=int, help="TCP port of gRPC; 0 takes a free one, -1 serves none.")
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
@@ -34,8 +35,11 @@ def serve(**flags: Any) -> None:
     settings = load_settings(**flags)
     configure_logs(settings.log_level, settings.log_format, "supervisor")
 
-    def announce(url: str) -> None:
-        err.print(f"Phoenix ML {__version__} serves [bold]{url}[/]   docs {url}/docs   metrics {url}/metrics")
+    def announce(url: str, grpc_address: str | None) -> None:
+        also = "" if grpc_address is None else f"   gRPC {grpc_address}"
+        err.print(
+            f"Phoenix ML {__version__} serves [bold]{url}[/]   docs {url}/docs   metrics {url}/metrics{also}"
+        )
         err.print("[dim]Ctrl-C stops it.[/]")
 
     sys.exit(supervise(bootstrap(settings), announce))

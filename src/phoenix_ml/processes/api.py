@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -108,11 +108,24 @@ async def serve(
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )
     )
+    inference = None
+    if settings.grpc_port >= 0:
+        from phoenix_ml.infrastructure.grpc.server import InferenceServer  # an extra
+
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        inference = InferenceServer(phoenix, live, infer, meter, f"{host}:{settings.grpc_port}")
+        await inference.start()
+
+    async def announce() -> None:
+        if inference is not None:
+            await inference.become_healthy()
+        on_ready()
+
     looked, told = asyncio.Event(), asyncio.Event()
     tasks = [
         asyncio.create_task(_follow_registry(live, settings.registry_poll_ms / 1000, looked, told)),
         asyncio.create_task(_keep_journal(writer, metrics, settings.journal_sync_ms / 1000)),
-        asyncio.create_task(_announce(server, live, on_ready, was_stopped)),
+        asyncio.create_task(_announce(server, live, announce, was_stopped)),
     ]
     follower = None if phoenix.kafka is None else _Follower(phoenix.kafka, told)
     try:
@@ -120,6 +133,8 @@ async def serve(
         await looked.wait()
         await _greet(features)
         await server.serve(sockets=[listener])
+        if inference is not None:
+            await inference.stop(settings.stop_timeout_s)
         await infer.drain()
         await predict.drain()
     finally:
@@ -215,7 +230,10 @@ async def _keep_journal(journal: JournalWriter, metrics: MetricsWriter, every_s:
 
 
 async def _announce(
-    server: uvicorn.Server, live: LiveModels, on_ready: Callable[[], None], was_stopped: Callable[[], bool]
+    server: uvicorn.Server,
+    live: LiveModels,
+    on_ready: Callable[[], Awaitable[None]],
+    was_stopped: Callable[[], bool],
 ) -> None:
     while not (server.started and live.is_ready):
         server.should_exit = server.should_exit or was_stopped()
@@ -223,7 +241,7 @@ async def _announce(
     # What is loaded stays: a full collection that walks it takes 30 ms or more, in which nobody is answered.
     gc.collect()
     gc.freeze()
-    on_ready()
+    await on_ready()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from phoenix_ml.bootstrap import Phoenix
@@ -88,10 +89,10 @@ class Child:
         return self._short_lives < _SHORT_LIVES or self.is_ready
 
 
-def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
+def supervise(phoenix: Phoenix, announce: Callable[[str, str | None], None]) -> int:
     """The exit code: 0 after a stop that was asked for, 1 when a process cannot be kept alive.
 
-    ``announce`` gets the base URL once every process is ready. Raises Misconfigured for an address that
+    ``announce`` gets the base URL, and gRPC's address if it is served, once every process is ready. Raises Misconfigured for an address that
     cannot be had and for a data folder that is being served already.
     """
     settings = phoenix.settings
@@ -114,6 +115,10 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         lifeline, held_end = os.pipe()
         stack.callback(os.close, held_end)
         environment = os.environ | settings.environment() | {"PHOENIX_PORT": str(port)}
+        grpc_address = None
+        if settings.grpc_port >= 0:
+            grpc_address = _address(host, stack.enter_context(_hold_grpc_port(settings)).getsockname()[1])
+            environment["PHOENIX_GRPC_PORT"] = grpc_address.rpartition(":")[2]
         apis = [
             Child(f"api-{n}", "phoenix_ml.processes.api", (listener.fileno(), lifeline))
             for n in range(settings.workers)
@@ -126,8 +131,8 @@ def supervise(phoenix: Phoenix, announce: Callable[[str], None]) -> int:
         children = [*background, *apis]
         for child in children:
             child.start(environment)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        code = _watch(children, environment, metrics, stopping, lambda: announce(url))
+        url = f"http://{_address(host, port)}"
+        code = _watch(children, environment, metrics, stopping, lambda: announce(url, grpc_address))
         # Callers that come now are refused at once: held open, it would let them wait for nobody.
         listener.close()
         _stop(apis, background, settings)
@@ -244,6 +249,39 @@ def sole_supervisor(run_folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _address(host: str, port: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _hold_grpc_port(settings: Settings) -> socket.socket:
+    """A socket that has gRPC's port and never listens: every API process opens its own on it, before and after.
+
+    Raises Misconfigured when gRPC is not installed, or the port is somebody else's.
+    """
+    if find_spec("grpc_reflection") is None:
+        raise Misconfigured(
+            "PHOENIX_GRPC_PORT needs the extra grpc: pip install 'phoenix-ml[grpc]'",
+            setting="PHOENIX_GRPC_PORT",
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    wanted = (settings.host, settings.grpc_port)
+    try:
+        # Without the option first: with it, another server that has it too would share its calls with us.
+        with socket.socket(family, socket.SOCK_STREAM) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(wanted)
+            wanted = alone.getsockname()[:2]
+        held = socket.socket(family, socket.SOCK_STREAM)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(wanted)
+    except OSError as exc:
+        raise Misconfigured(
+            f"gRPC cannot listen on {settings.host}:{settings.grpc_port}: {exc.strerror}; choose another --grpc-port",
+            setting="PHOENIX_GRPC_PORT",
+        ) from exc
+    return held
 
 
 def _listen(settings: Settings) -> socket.socket:

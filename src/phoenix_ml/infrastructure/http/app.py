@@ -32,7 +32,7 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequest
 from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive
-from phoenix_ml.infrastructure.http.calls import DEFECT, PredictionCalls, Send
+from phoenix_ml.infrastructure.http.calls import PredictionCalls, Send
 from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.errors import inference_status_of, retry_after_s, status_of
 from phoenix_ml.infrastructure.http.features import feature_routes
@@ -48,6 +48,7 @@ from phoenix_ml.infrastructure.http.tensors import InferBody
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE, LOG_HEARTBEAT, SHIP_HEARTBEAT
 from phoenix_ml.infrastructure.telemetry.logs import request_id_var
 from phoenix_ml.infrastructure.telemetry.metrics import negotiate, render
+from phoenix_ml.infrastructure.telemetry.refusals import DEFECT
 
 log = logging.getLogger(__name__)
 # The log role takes a step at least every 100 ms, and waits 5 s at most while the database is down.

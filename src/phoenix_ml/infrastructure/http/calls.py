@@ -13,7 +13,7 @@ from phoenix_ml.application.feedback import report_outcomes
 from phoenix_ml.application.ports import Journal
 from phoenix_ml.application.predict import Pending, Predict
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.domain.errors import InternalError, JournalFull, PhoenixError
+from phoenix_ml.domain.errors import PhoenixError
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive, read_body, too_large
 from phoenix_ml.infrastructure.http.codec import (
@@ -26,12 +26,12 @@ from phoenix_ml.infrastructure.http.codec import (
 )
 from phoenix_ml.infrastructure.http.errors import retry_after_s, status_of
 from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
+from phoenix_ml.infrastructure.telemetry.refusals import error_for, record_refusal
 
 log = logging.getLogger(__name__)
 # https://www.w3.org/TR/trace-context/#traceparent-header; any other value is as if there were none.
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 JSON: Final = (b"content-type", b"application/json")
-DEFECT = "a defect on our side; it is logged"
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Answer = tuple[int, bytes, list[tuple[bytes, bytes]]]
 
@@ -131,21 +131,18 @@ class PredictionCalls:
 
     def _refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
         """The answer to a request that failed; a defect of ours is logged, not shown."""
-        error = exc if isinstance(exc, PhoenixError) else InternalError(DEFECT)
-        if isinstance(error, JournalFull):
-            self._meter.journal_refused()
+        error = error_for(exc)
         status = status_of(error)
         request_id = request_id or new_id()
-        if status >= 500:
-            log.error(
-                "%s: %s",
-                error.code,
-                exc,
-                exc_info=None if error is exc else exc,
-                extra={"code": error.code, "request_id": request_id, "details": error.details},
-            )
-        known = model_id if model_id in self._live.models else OTHER
-        self._meter.requested(known, "", "", status, time.perf_counter() - started)
+        record_refusal(
+            self._meter,
+            self._live,
+            exc,
+            model_id=model_id,
+            request_id=request_id,
+            status=status,
+            started=started,
+        )
         headers = [*request_id_header(request_id), JSON]
         if (seconds := retry_after_s(error)) is not None:
             headers.append((b"retry-after", b"%d" % seconds))

@@ -18,11 +18,12 @@ import httptools
 
 from phoenix_ml.domain.errors import InternalError
 from phoenix_ml.domain.events import PredictionMade
-from phoenix_ml.infrastructure.http.calls import DEFECT, JSON, Answer, PredictionCalls, read_headers
+from phoenix_ml.infrastructure.http.calls import JSON, Answer, PredictionCalls, read_headers
 from phoenix_ml.infrastructure.http.codec import encode_error
 from phoenix_ml.infrastructure.http.infer import INFER_PATH, InferCalls, read_infer_headers
 from phoenix_ml.infrastructure.http.origins import Check
 from phoenix_ml.infrastructure.http.protocol import BoundedHeads
+from phoenix_ml.infrastructure.telemetry.refusals import DEFECT
 
 log = logging.getLogger(__name__)
 _BEGINNINGS: Final = (b"POST /predict HTTP/1.1\r\n", b"POST /v2/models/")

@@ -10,11 +10,10 @@ from typing import Any, Final, NamedTuple
 from phoenix_ml.application.infer import Infer
 from phoenix_ml.application.predict import Pending
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.domain.errors import InternalError, JournalFull, MalformedBody, PhoenixError
+from phoenix_ml.domain.errors import MalformedBody, PhoenixError
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive, read_body, too_large
 from phoenix_ml.infrastructure.http.calls import (
-    DEFECT,
     JSON,
     Answer,
     Send,
@@ -26,6 +25,7 @@ from phoenix_ml.infrastructure.http.codec import encode_json
 from phoenix_ml.infrastructure.http.errors import inference_status_of, retry_after_s
 from phoenix_ml.infrastructure.http.tensors import compress, decode_infer, decompress, encode_inferred
 from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
+from phoenix_ml.infrastructure.telemetry.refusals import error_for, record_refusal
 
 log = logging.getLogger(__name__)
 INFER_PATH: Final = re.compile(r"/v2/models/([^/]{1,512})(?:/versions/([^/]{1,512}))?/infer")
@@ -134,21 +134,18 @@ class InferCalls:
 
     def refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
         """The answer to a request that failed, in the protocol's form; a defect of ours is logged, not shown."""
-        error = exc if isinstance(exc, PhoenixError) else InternalError(DEFECT)
-        if isinstance(error, JournalFull):
-            self._meter.journal_refused()
+        error = error_for(exc)
         status = inference_status_of(error)
         request_id = request_id or new_id()
-        if status >= 500:
-            log.error(
-                "%s: %s",
-                error.code,
-                exc,
-                exc_info=None if error is exc else exc,
-                extra={"code": error.code, "request_id": request_id, "details": error.details},
-            )
-        known = model_id if model_id in self._live.models else OTHER
-        self._meter.requested(known, "", "", status, time.perf_counter() - started)
+        record_refusal(
+            self._meter,
+            self._live,
+            exc,
+            model_id=model_id,
+            request_id=request_id,
+            status=status,
+            started=started,
+        )
         headers = [*request_id_header(request_id), JSON]
         if (seconds := retry_after_s(error)) is not None:
             headers.append((b"retry-after", b"%d" % seconds))

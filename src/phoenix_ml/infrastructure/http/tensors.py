@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from phoenix_ml.application.infer import Inferred, InferRequest
+from phoenix_ml.application.protocol import PREDICTION_IDS, answer_parameters, infer_request
 from phoenix_ml.domain.errors import InvalidField, MalformedBody, TensorInvalid
 from phoenix_ml.domain.tensors import (
     Tensor,
@@ -29,9 +30,6 @@ Parameters = dict[str, str | int | float | bool | None]
 
 # Beside this many names nobody finds the one that matters.
 _MOST_TENSORS: Final = 1000
-_ROUTING_KEY: Final = "routing_key"
-_ENTITY_ID: Final = "entity_id"
-_PREDICTION_IDS: Final = "prediction_ids"
 _BINARY: Final = "application/octet-stream"
 
 
@@ -137,32 +135,11 @@ def decode_infer(
             for o in outputs
             if o.parameters and "binary_data" in o.parameters
         },
-        parameters.get(_PREDICTION_IDS) is True,
+        parameters.get(PREDICTION_IDS) is True,
     )
     return infer_request(
         model_id, model_version, decoded.id, inputs, [output.name for output in outputs], parameters
     ), wanted
-
-
-def infer_request(
-    model_id: str,
-    model_version: str | None,
-    request_id: str,
-    inputs: dict[str, Tensor],
-    outputs: Sequence[str],
-    parameters: Mapping[str, Any],
-) -> InferRequest:
-    """The request with what its parameters say. Raises InvalidField for those of ours that are no texts."""
-    texts = []
-    for name in (_ENTITY_ID, _ROUTING_KEY):
-        value = parameters.get(name)
-        if value is not None and (not isinstance(value, str) or not 0 < len(value) <= 512 or "\0" in value):
-            raise InvalidField(f"the parameter {name!r} is a text of 1 to 512 characters", field=name)
-        texts.append(value)
-    if len(request_id) > 128 or "\0" in request_id:
-        raise InvalidField("the request's id has at most 128 characters, and no U+0000", field="id")
-    entity_id, routing_key = texts
-    return InferRequest(model_id, inputs, model_version, outputs, request_id, entity_id, routing_key)
 
 
 def _binary_size(given: _Input) -> int | None:
@@ -249,14 +226,6 @@ def encode_inferred(answer: Inferred, wanted: Wanted) -> tuple[bytes, int | None
     if not raw:
         return head, None
     return b"".join((head, *raw)), len(head)
-
-
-def answer_parameters(answer: Inferred, with_all_ids: bool) -> dict[str, str]:
-    """What the protocol has no field for: the role, and the id under which the answer is on record."""
-    parameters = {"role": answer.role.value, "prediction_id": answer.prediction_id}
-    if with_all_ids:
-        parameters[_PREDICTION_IDS] = ",".join(answer.prediction_ids())
-    return parameters
 
 
 def decompress(body: bytes, coding: str, limit_bytes: int) -> bytes:
