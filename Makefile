@@ -19,6 +19,7 @@ demo-healing: $(STAMPS)/demo  ## Applicants change, the model suffers and is hea
 test: $(STAMPS)/test  ## Everything, against real servers that it installs and starts itself.
 	@bash tests/support/install_servers.sh
 	@bash tests/support/kafka/install.sh
+	@$(BIN)/python tests/support/environments.py
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMPS)/test  ## Format, lint, strict types.
@@ -38,12 +39,15 @@ lock: $(STAMPS)/test  ## Resolve the dependencies anew, for every supported Pyth
 	$(LOCK) --extra convert requirements/demo.in -o requirements/demo.txt
 	$(LOCK) --all-extras requirements/test.in -o requirements/test.txt
 	$(LOCK) --extra redis --extra postgres --extra kafka --extra alerts --extra grpc requirements/serve.in -o requirements/serve.txt
+	for name in $(basename $(wildcard tests/support/clients/*.in)); do $(RESOLVE) $$name.in -o $$name.txt || exit; done
+	for name in $(basename $(wildcard tests/support/wheels/*.in)); do $(RESOLVE) --no-deps $$name.in -o $$name.txt || exit; done
 
 proto: $(STAMPS)/test  ## Generate the messages of gRPC from inference.proto.
 	$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/phoenix_ml/infrastructure/grpc/inference.proto
 
-LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-       --no-annotate --no-header --upgrade pyproject.toml
+RESOLVE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+          --no-annotate --no-header --upgrade
+LOCK    = $(RESOLVE) pyproject.toml
 
 clean:  ## Remove what the other targets made.
 	rm -rf $(VENV) benchmarks/.venvs phoenix-demo phoenix-data .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the servers that the tests talk to, Redis, PostgreSQL, nginx and Prometheus, the Java for Kafka, the curl that the
-# tutorial types, and the docker-compose that reads compose.yaml (no container engine is needed for that),
-# from Debian's or Ubuntu's packages.
+# tutorial types, the docker-compose that reads compose.yaml (no container engine is needed for that), and a library
+# that NVIDIA's perf_analyzer is linked against, from Debian's or Ubuntu's packages.
 # Does nothing where they are. Nothing is left running: tests start servers of their own.
 set -euo pipefail
 
@@ -18,6 +18,9 @@ command -v openssl >/dev/null || missing+=(openssl)
 # Kafka's jars come by Maven: tests/support/kafka/install.sh.
 command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
 command -v mvn >/dev/null || missing+=(maven)
+# perf_analyzer itself comes from PyPI, for this one architecture: tests/support/perf_analyzer.py.
+[[ $(uname -m) != x86_64 || -e /usr/lib/x86_64-linux-gnu/libb64.so.0d || -e /usr/lib64/libb64.so.0d ]] ||
+  missing+=(libb64-0d)
 if ((${#missing[@]} == 0)); then
   exit 0
 fi
