@@ -23,7 +23,6 @@ from phoenix_ml.domain.tensors import (
     describe_packed,
     describe_tensor,
     encode_raw,
-    list_elements,
     pack_tensor,
     unpack_tensor,
 )
@@ -108,7 +107,7 @@ def test_json_flat_or_nested_is_the_same_tensor(tensor: Tensor) -> None:
     )
     assert same(decoded[0], decoded[1])
     assert decoded[0].array.shape == expected.array.shape
-    assert repr(list_elements(decoded[0])) == repr(list_elements(expected))
+    assert repr(decoded[0].elements) == repr(expected.elements)
 
 
 @given(st.binary(max_size=300), st.none() | st.integers(0, 400))
@@ -138,7 +137,7 @@ def test_what_a_datatype_cannot_hold_is_refused(datatype: str, elements: list[An
 def test_bfloat16_is_listed_as_the_numbers_that_it_means() -> None:
     """Its bits are the upper half of a float32's."""
     bits = (np.array([1.0, -2.5, 0.0], np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    assert list_elements(Tensor("BF16", bits)) == [1.0, -2.5, 0.0]
+    assert Tensor("BF16", bits).elements == [1.0, -2.5, 0.0]
 
 
 @given(st.binary(max_size=2000), st.sampled_from(["gzip", "deflate"]))

@@ -26,7 +26,7 @@ from phoenix_ml.domain.models import Metadata, TensorSpec
 from phoenix_ml.domain.predictions import Instance
 from phoenix_ml.domain.routing import Choice, Role, Strategy
 from phoenix_ml.domain.rows import Outputs, Scalar
-from phoenix_ml.domain.tensors import DATATYPE_OF, DTYPE_OF, Tensor, describe_tensor, pack_tensor
+from phoenix_ml.domain.tensors import DATATYPE_OF, DTYPE_OF, Tensor, describe_tensor, encode_raw, pack_tensor
 
 log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
@@ -243,8 +243,9 @@ class Infer:
         request, model, choice = asked.request, asked.model, asked.choice
         instance = Instance(request.entity_id, None, None, request.request_id or None)
         if len(request.inputs) == len(form.inputs) or request.entity_id is None:
-            form.check_inputs(request.inputs)
-            form.check_one_row(request.inputs)
+            if request.entity_id is not None:  # else it was checked
+                form.check_inputs(request.inputs)
+                form.check_one_row(request.inputs)
             values, packed = form.row(request.inputs)
             reading = Reading(model.types[choice.version], None, None, 0, None)
             row = Row(
@@ -407,7 +408,7 @@ class Form:
                     f"input {name!r} is of datatype {tensor.datatype}, the model takes {datatype}",
                     tensor=name,
                 )
-            shape = tensor.array.shape
+            shape = tensor.shape
             if spec.has_rank and (
                 len(shape) != len(spec.shape)
                 or any(want not in (None, size) for want, size in zip(spec.shape, shape, strict=True))
@@ -439,7 +440,7 @@ class RowForm(Form):
 
     def count_rows(self, given: Mapping[str, Tensor]) -> int:
         """Raises TensorInvalid when inputs have different numbers of rows."""
-        counts = {len(tensor.array) for tensor in given.values()}
+        counts = {tensor.shape[0] for tensor in given.values()}
         if len(counts) > 1:
             raise TensorInvalid(f"the inputs have different numbers of rows: {sorted(counts)}")
         return counts.pop()
@@ -452,11 +453,10 @@ class RowForm(Form):
         """The values of the one row, and its bytes."""
         if self._is_packed:
             (tensor,) = given.values()
-            values = tensor.array.reshape(-1).tolist()
-            return values, tensor.array.tobytes()
-        values = [
-            value for spec, _, _ in self._slices for value in given[spec.name].array.reshape(-1).tolist()
-        ]
+            if tensor.is_listed:
+                return tensor.elements, self._format.pack(tensor.elements)
+            return tensor.elements, tensor.array.tobytes()
+        values = [value for spec, _, _ in self._slices for value in given[spec.name].elements]
         return values, self._format.pack(values)
 
     def rows(self, given: Mapping[str, Tensor]) -> bytes | list[bytes]:
@@ -477,7 +477,7 @@ class RowForm(Form):
         features: dict[str, Scalar] = {}
         for spec, start, width in self._slices:
             if spec.name in given:
-                values = given[spec.name].array.reshape(-1).tolist()
+                values = given[spec.name].elements
                 features |= dict(zip(self._names[start : start + width], values, strict=True))
         return features
 
@@ -500,11 +500,10 @@ class RowForm(Form):
 
     def _rebuild_one(self, name: str, result: Any, probabilities: list[float] | None) -> Tensor:
         look = self._looks[name]
-        array = look.array
-        elements: Any = result
+        elements = result if isinstance(result, list) else [result]
         if name == self._scores and probabilities is not None:
-            elements = probabilities if array.size == len(probabilities) else probabilities[-1]
-        return Tensor(look.datatype, np.array(elements, array.dtype).reshape(array.shape))
+            elements = probabilities if look.array.size == len(probabilities) else probabilities[-1:]
+        return Tensor.of_elements(name, look.datatype, look.shape, elements)
 
     def _find_looks(self, served: ServedVersion) -> dict[str, Tensor]:
         """Outputs of the sample that come out the very same when they are made from its answer."""
@@ -524,9 +523,10 @@ class RowForm(Form):
         probabilities = outputs.probabilities[0] if outputs.probabilities else None
         try:
             rebuilt = self._rebuild_one(name, outputs.results[0], probabilities)
-        except (ValueError, TypeError):
+            is_same = encode_raw(rebuilt) == encode_raw(look)
+        except TensorInvalid:
             return False
-        return np.array_equal(rebuilt.array, look.array, equal_nan=look.array.dtype.kind == "f")
+        return is_same
 
 
 def form_of(served: Loaded) -> Form:

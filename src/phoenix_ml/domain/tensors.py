@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from math import prod
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -47,11 +46,55 @@ _LENGTH_BYTES: Final = 4
 _ALIGNED_BYTES: Final = 16
 
 
-class Tensor(NamedTuple):
-    """An array and the protocol's name for its elements. BYTES are an array of ``str`` objects."""
+class Tensor:
+    """Elements of a shape, under the protocol's name for their type. BYTES are an array of ``str`` objects.
 
-    datatype: str
-    array: Array
+    It is made from an array, or by ``of_elements`` from a list; what is not asked for is not made, as a list becomes an
+    array and an array a list in 3 µs.
+    """
+
+    __slots__ = ("_array", "_elements", "_name", "datatype", "shape")
+
+    def __init__(self, datatype: str, array: Array) -> None:
+        self.datatype = datatype
+        self.shape: tuple[int, ...] = array.shape
+        self._array: Array | None = array
+        self._elements: list[Any] | None = None
+        self._name = ""
+
+    @classmethod
+    def of_elements(cls, name: str, datatype: str, shape: Sequence[int], elements: list[Any]) -> "Tensor":
+        """A tensor of as many elements as the shape has, in row-major order and of the Python type that fits.
+
+        Raises TensorInvalid when they are more or fewer.
+        """
+        check_count(name, shape, elements)
+        made = cls.__new__(cls)
+        made.datatype, made.shape = datatype, tuple(shape)
+        made._array, made._elements, made._name = None, elements, name
+        return made
+
+    @property
+    def array(self) -> Array:
+        """Raises TensorInvalid for elements beyond what the datatype holds."""
+        if self._array is None:
+            self._array = as_array(self._name, self.datatype, self.shape, self._elements or ())
+        return self._array
+
+    @property
+    def elements(self) -> list[Any]:
+        """In row-major order, as JSON has them; BF16 as the numbers that its bits mean."""
+        if self._elements is None:
+            array = self.array
+            if self.datatype == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            self._elements = array.reshape(-1).tolist()
+        return self._elements
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the elements are there as a list."""
+        return self._elements is not None
 
 
 def count_elements(name: str, shape: Sequence[int]) -> int:
@@ -60,10 +103,25 @@ def count_elements(name: str, shape: Sequence[int]) -> int:
         raise TensorInvalid(
             f"tensor {name!r} has {len(shape)} dimensions, {_MOST_DIMENSIONS} are allowed", tensor=name
         )
-    count = prod(shape)
-    if count > _MOST_ELEMENTS or min(shape, default=0) < 0 or max(shape, default=0) > _MOST_ELEMENTS:
+    count = 1
+    for size in shape:
+        if not 0 <= size <= _MOST_ELEMENTS:
+            count = -1
+            break
+        count *= size
+    if not 0 <= count <= _MOST_ELEMENTS:
         raise TensorInvalid(f"tensor {name!r}: {list(shape)} is not the shape of a tensor", tensor=name)
     return count
+
+
+def check_count(name: str, shape: Sequence[int], elements: Sequence[Any]) -> None:
+    """Raises TensorInvalid unless the shape has as many elements."""
+    count = count_elements(name, shape)
+    if len(elements) != count:
+        raise TensorInvalid(
+            f"tensor {name!r} has {len(elements)} elements; its shape {list(shape)} takes {count}",
+            tensor=name,
+        )
 
 
 def check_datatype(name: str, datatype: str) -> np.dtype[Any]:
@@ -111,12 +169,7 @@ def as_array(name: str, datatype: str, shape: Sequence[int], elements: Sequence[
     Raises TensorInvalid when they are more or fewer, or beyond what the datatype holds.
     """
     dtype = check_datatype(name, datatype)
-    count = count_elements(name, shape)
-    if len(elements) != count:
-        raise TensorInvalid(
-            f"tensor {name!r} has {len(elements)} elements; its shape {list(shape)} takes {count}",
-            tensor=name,
-        )
+    check_count(name, shape, elements)
     if datatype == "BF16":
         raise TensorInvalid(f"tensor {name!r}: BF16 is sent as raw bytes only", tensor=name)
     try:
@@ -173,7 +226,7 @@ def pack_tensor(tensor: Tensor, limit_bytes: int) -> bytes:
     data = encode_raw(tensor)
     kept = data if _is_kept(tensor, data, limit_bytes) else None
     digest = None if kept is not None else sha256(data).hexdigest()
-    return msgspec.msgpack.encode(_Packed(tensor.datatype, tuple(tensor.array.shape), kept, digest))
+    return msgspec.msgpack.encode(_Packed(tensor.datatype, tensor.shape, kept, digest))
 
 
 def _is_kept(tensor: Tensor, data: bytes, limit_bytes: int) -> bool:
@@ -193,11 +246,11 @@ def unpack_tensor(packed: bytes) -> Tensor | None:
 
 def describe_tensor(tensor: Tensor, limit_bytes: int) -> dict[str, Any]:
     """What ``describe_packed`` says of the tensor once it is packed."""
-    described: dict[str, Any] = {"datatype": tensor.datatype, "shape": list(tensor.array.shape)}
+    described: dict[str, Any] = {"datatype": tensor.datatype, "shape": list(tensor.shape)}
     data = encode_raw(tensor)
     if not _is_kept(tensor, data, limit_bytes):
         return described | {"sha256": sha256(data).hexdigest()}
-    return described | {"data": list_elements(tensor)}
+    return described | {"data": tensor.elements}
 
 
 def describe_packed(packed: bytes) -> dict[str, Any]:
@@ -207,13 +260,4 @@ def describe_packed(packed: bytes) -> dict[str, Any]:
     if found.data is None:
         return described | {"sha256": found.sha256}
     array = decode_raw("", found.datatype, found.shape, found.data)
-    return described | {"data": list_elements(Tensor(found.datatype, array))}
-
-
-def list_elements(tensor: Tensor) -> list[Any]:
-    """The elements in row-major order, as JSON has them; BF16 as the numbers that its bits mean."""
-    array = tensor.array
-    if tensor.datatype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    elements: list[Any] = array.reshape(-1).tolist()
-    return elements
+    return described | {"data": Tensor(found.datatype, array).elements}

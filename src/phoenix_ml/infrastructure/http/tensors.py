@@ -16,12 +16,10 @@ from phoenix_ml.application.protocol import PREDICTION_IDS, answer_parameters, i
 from phoenix_ml.domain.errors import InvalidField, MalformedBody, TensorInvalid
 from phoenix_ml.domain.tensors import (
     Tensor,
-    as_array,
     check_datatype,
     count_elements,
     decode_raw,
     encode_raw,
-    list_elements,
 )
 from phoenix_ml.infrastructure.http.bodies import too_large
 from phoenix_ml.infrastructure.http.codec import encode_json
@@ -74,7 +72,7 @@ _decode_any = msgspec.json.Decoder().decode
 _FLAT: Final[Mapping[str, "msgspec.json.Decoder[Any]"]] = {
     "BOOL": msgspec.json.Decoder(list[bool]),
     "BYTES": msgspec.json.Decoder(list[str]),
-    **{f"FP{bits}": msgspec.json.Decoder(list[float | None]) for bits in (16, 32, 64)},
+    **{f"FP{bits}": msgspec.json.Decoder(list[float]) for bits in (16, 32, 64)},
     **{f"{sign}INT{bits}": msgspec.json.Decoder(list[int]) for sign in ("", "U") for bits in (8, 16, 32, 64)},
 }
 
@@ -114,7 +112,7 @@ def decode_infer(
             raise TensorInvalid(f"input {given.name[:80]!r} is given twice", tensor=given.name)
         size = _binary_size(given)
         if size is None:
-            inputs[given.name] = Tensor(given.datatype, _decode_json(given))
+            inputs[given.name] = _decode_json(given)
             continue
         raw = memoryview(body)[position : position + size]
         position += size
@@ -154,28 +152,28 @@ def _binary_size(given: _Input) -> int | None:
     return size
 
 
-def _decode_json(given: _Input) -> Any:
-    """The array of an input whose elements stand in the JSON, in one list or nested as its shape is."""
+def _decode_json(given: _Input) -> Tensor:
+    """The tensor of an input whose elements stand in the JSON, in one list or nested as its shape is."""
     name, datatype = given.name, given.datatype
-    check_datatype(name, datatype)
-    count_elements(name, given.shape)
     if not len(given.data):
         raise TensorInvalid(f"input {name!r} has no 'data'", tensor=name)
     decoder = _FLAT.get(datatype)
     if decoder is None:
+        check_datatype(name, datatype)
         raise TensorInvalid(f"input {name!r}: {datatype} is sent as raw bytes only", tensor=name)
     try:
         elements = decoder.decode(given.data)
     except msgspec.ValidationError as flat_error:
-        # Nested, or of another type: 20 times slower, so not tried first.
+        # Nested, with a null, or of another type: 20 times slower, so not tried first.
+        count_elements(name, given.shape)
         elements = _flatten(given)
+        if datatype.startswith("FP"):
+            elements = [float("nan") if element is None else element for element in elements]
         try:
             elements = msgspec.convert(elements, decoder.type)
         except msgspec.ValidationError as exc:
             raise TensorInvalid(f"input {name!r} ({datatype}): {exc}", tensor=name) from flat_error
-    if datatype.startswith("FP"):
-        elements = [float("nan") if element is None else element for element in elements]
-    return as_array(name, datatype, given.shape, elements)
+    return Tensor.of_elements(name, datatype, given.shape, elements)
 
 
 def _flatten(given: _Input) -> list[Any]:
@@ -214,13 +212,13 @@ def encode_inferred(answer: Inferred, wanted: Wanted) -> tuple[bytes, int | None
     outputs = []
     raw: list[bytes] = []
     for name, tensor in answer.outputs:
-        shape = list(tensor.array.shape)
+        shape = list(tensor.shape)
         if wanted.binary_of.get(name, wanted.binary) or tensor.datatype == "BF16":
             data = encode_raw(tensor)
             raw.append(data)
             outputs.append(_Answered(name, tensor.datatype, shape, None, {"binary_data_size": len(data)}))
         else:
-            outputs.append(_Answered(name, tensor.datatype, shape, list_elements(tensor)))
+            outputs.append(_Answered(name, tensor.datatype, shape, tensor.elements))
     parameters = answer_parameters(answer, wanted.prediction_ids)
     head = encode_json(_Answer(answer.model_id, answer.model_version, answer.request_id, parameters, outputs))
     if not raw:
