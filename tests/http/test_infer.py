@@ -556,3 +556,40 @@ def test_texts_with_nul_are_on_record_by_digest(lane: Lane) -> None:
     row = logged(lane, head["parameters"]["prediction_id"])
     assert set(row["features"]["in_BYTES"]) == {"datatype", "shape", "sha256"}
     assert set(row["result"]["out_BYTES"]) == {"datatype", "shape", "sha256"}
+
+
+def test_tensors_on_record_can_be_computed_again(lane: Lane) -> None:
+    """As rows can; where only a digest is on record, that is said."""
+    small = infer(
+        lane, "outer", fp32("x", [2], [1, 2]), fp32("y", [5000], [0.1] * 5000), fp32("factor", [], [3])
+    )
+    prediction_id = small["parameters"]["prediction_id"]
+    kept = logged(lane, prediction_id)
+    assert "sha256" in kept["features"]["y"]
+    answered = lane.request("GET", f"/predictions/{prediction_id}/replay")
+    assert answered.status_code == 422
+    assert "only its SHA-256 is on record" in answered.json()["error"]["message"]
+
+    small = infer(
+        lane, "outer", fp32("x", [100], [0.1] * 100), fp32("y", [100], [0.2] * 100), fp32("factor", [], [3])
+    )
+    prediction_id = small["parameters"]["prediction_id"]
+    assert "sha256" in logged(lane, prediction_id)["result"]["table"]
+    replayed = ok(lane.request("GET", f"/predictions/{prediction_id}/replay"))
+    assert replayed["identical"]
+    assert replayed["result"]["computed"]["count"]["data"] == [10_000]
+
+
+def test_json_is_bounded_more_tightly_than_raw_tensors(lane: Lane) -> None:
+    """Decoding it would hold up everybody else; raw bytes are taken as they are."""
+    x = np.zeros(3_000_000, "<f4")
+    many = ask(lane, "outer", {"inputs": [fp32("x", [3_000_000], x.tolist())]})
+    assert "send the tensors as raw bytes" in refusal(many, 413)
+    raw = {
+        "x": ("FP32", [3_000_000], x.tobytes()),
+        "y": ("FP32", [1], bytes(4)),
+        "factor": ("FP32", [], bytes(4)),
+    }
+    outputs = [{"name": "count", "parameters": {"binary_data": True}}]
+    found = raw_outputs(ask_raw(lane, "outer", raw, outputs=outputs))
+    assert found == {"count": ("INT64", [], struct.pack("<q", 3_000_000))}

@@ -7,9 +7,12 @@ import msgspec
 from msgspec import Struct
 
 from phoenix_ml.application.ports import ArtifactStore, Engines, LoggedPrediction, PredictionLog, Registry
-from phoenix_ml.domain.errors import InferenceFailed, ModelLoadFailed, ModelRefused
-from phoenix_ml.domain.models import ModelVersion
+from phoenix_ml.domain.errors import InferenceFailed, ModelLoadFailed, ModelRefused, TensorInvalid
+from phoenix_ml.domain.models import ModelVersion, Task
 from phoenix_ml.domain.rows import RowFormat, Rows
+from phoenix_ml.domain.tensors import Tensor, describe_tensor, unpack_tensor
+
+_NOTHING, _EVERYTHING = -1, 2**62
 
 
 class Compared(Struct, frozen=True):
@@ -52,6 +55,8 @@ def replay(
     """
     row = log.get(prediction_id)
     version = registry.get(row.model_id, row.model_version)
+    if version.metadata.task is Task.TENSORS:
+        return _replay_tensors(row, version, artifacts, engines)
     try:
         path = artifacts.fetch(version.uri, row.sha256)
         engine = engines.load(path, version.metadata)
@@ -82,6 +87,50 @@ def replay(
     )
 
 
+def _replay_tensors(
+    row: LoggedPrediction, version: ModelVersion, artifacts: ArtifactStore, engines: Engines
+) -> Replay:
+    """The outputs on record, computed again. Raises InferenceFailed where an input is on record by its digest alone."""
+    inputs: dict[str, Tensor] = {}
+    try:
+        for name, packed in RowFormat(version.metadata.columns).split_tensors(row.inputs).items():
+            tensor = unpack_tensor(packed)
+            if tensor is None:
+                raise InferenceFailed(
+                    f"input {name!r} of prediction {row.id} was larger than is kept: only its SHA-256 is on record "
+                    "(PHOENIX_TENSOR_RECORD_LIMIT_BYTES)"
+                )
+            inputs[name] = tensor
+    except (msgspec.DecodeError, TensorInvalid) as exc:
+        raise InferenceFailed(f"the tensors on record of prediction {row.id} are damaged: {exc}") from exc
+    try:
+        engine = engines.load_tensors(artifacts.fetch(version.uri, row.sha256), version.metadata)
+    except ModelRefused as exc:
+        raise ModelLoadFailed(exc.message, **exc.details) from exc
+    answered = engine.infer(inputs, list(row.result))
+    computed = {
+        # As the one on record is: whole, or by its digest.
+        name: describe_tensor(tensor, _NOTHING if "sha256" in logged else _EVERYTHING)
+        for (name, logged), tensor in zip(row.result.items(), answered, strict=True)
+    }
+    result = _compare(row.result, computed)
+    nothing = Compared(True, None, None)
+    return Replay(
+        row.id,
+        result.identical,
+        row.model_id,
+        row.model_version,
+        row.sha256,
+        1,
+        0,
+        result,
+        nothing,
+        nothing,
+        version.metadata.runtime,
+        engines.runtime,
+    )
+
+
 def _copies(row: LoggedPrediction, version: ModelVersion) -> Rows:
     """The row as often as its batch was long."""
     row_format = RowFormat(version.metadata.columns)
@@ -106,6 +155,10 @@ def _compare(logged: Any, computed: Any) -> Compared:
 def _is_same(logged: Any, computed: Any) -> bool:
     if isinstance(logged, list) and isinstance(computed, list):
         return len(logged) == len(computed) and all(map(_is_same, logged, computed))
+    if isinstance(logged, dict) and isinstance(computed, dict):
+        return logged.keys() == computed.keys() and all(
+            _is_same(logged[key], computed[key]) for key in logged
+        )
     if isinstance(computed, float) and type(logged) is int:  # PostgreSQL writes 1e23 without an exponent
         logged = float(logged)
     return bool(logged == computed)

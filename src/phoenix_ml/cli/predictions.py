@@ -4,7 +4,7 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -74,7 +74,7 @@ def predictions_list(
             item["model_version"],
             item["route"]["role"],
             item["entity_id"] or "",
-            str(item["result"]),
+            _shorten(item["result"]),
             confidence,
             outcome,
             item["prediction_id"],
@@ -82,6 +82,13 @@ def predictions_list(
     print_wide(table)
     if next_cursor:
         click.echo(f"more: --cursor {next_cursor}")
+
+
+def _shorten(result: Any) -> str:
+    """The result; of tensors what they are, as a line has no room for what they hold."""
+    if not isinstance(result, dict):
+        return str(result)
+    return ", ".join(f"{name} {tensor['datatype']}{tensor['shape']}" for name, tensor in result.items())
 
 
 @predictions.command("show")

@@ -82,7 +82,13 @@ async def serve(
         batch_limit=settings.batch_limit,
     )
 
-    infer_calls = InferCalls(infer, live, meter, body_limit_bytes=settings.tensor_body_limit_bytes)
+    infer_calls = InferCalls(
+        infer,
+        live,
+        meter,
+        body_limit_bytes=settings.tensor_body_limit_bytes,
+        json_limit_bytes=settings.body_limit_bytes,
+    )
 
     def journal_state() -> str:
         refusal = writer.refusal

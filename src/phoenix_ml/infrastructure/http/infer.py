@@ -23,7 +23,13 @@ from phoenix_ml.infrastructure.http.calls import (
 )
 from phoenix_ml.infrastructure.http.codec import encode_json
 from phoenix_ml.infrastructure.http.errors import inference_status_of, retry_after_s
-from phoenix_ml.infrastructure.http.tensors import compress, decode_infer, decompress, encode_inferred
+from phoenix_ml.infrastructure.http.tensors import (
+    JSON_LIMIT_BYTES,
+    compress,
+    decode_infer,
+    decompress,
+    encode_inferred,
+)
 from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
 from phoenix_ml.infrastructure.telemetry.refusals import error_for, record_refusal
 
@@ -61,11 +67,20 @@ def read_infer_headers(headers: Iterable[tuple[bytes, bytes]]) -> InferHead:
 class InferCalls:
     """Answers to ``infer``, from the body's bytes to the answer's."""
 
-    def __init__(self, infer: Infer, live: LiveModels, meter: MetricsMeter, *, body_limit_bytes: int) -> None:
+    def __init__(
+        self,
+        infer: Infer,
+        live: LiveModels,
+        meter: MetricsMeter,
+        *,
+        body_limit_bytes: int,
+        json_limit_bytes: int = JSON_LIMIT_BYTES,
+    ) -> None:
         self._infer = infer
         self._live = live
         self._meter = meter
         self._body_limit_bytes = body_limit_bytes
+        self._json_limit_bytes = json_limit_bytes
 
     async def __call__(
         self, scope: Mapping[str, Any], receive: Receive, send: Send, target: tuple[str, str | None]
@@ -115,7 +130,9 @@ class InferCalls:
         try:
             if head.is_damaged:
                 raise MalformedBody("Inference-Header-Content-Length is not a number of bytes")
-            request, wanted = decode_infer(model_id, model_version, body, head.json_bytes)
+            request, wanted = decode_infer(
+                model_id, model_version, body, head.json_bytes, self._json_limit_bytes
+            )
             request_id = request.request_id = request.request_id or request_id
             answer = await self._infer(request, started, traceparent, new_pending)
             payload, json_bytes = encode_inferred(answer, wanted)

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from phoenix_ml.application.infer import Inferred, InferRequest
 from phoenix_ml.application.protocol import PREDICTION_IDS, answer_parameters, infer_request
-from phoenix_ml.domain.errors import InvalidField, MalformedBody, TensorInvalid
+from phoenix_ml.domain.errors import BodyTooLarge, InvalidField, MalformedBody, TensorInvalid
 from phoenix_ml.domain.tensors import (
     Tensor,
     check_datatype,
@@ -26,6 +26,8 @@ from phoenix_ml.infrastructure.http.codec import encode_json
 
 Parameters = dict[str, str | int | float | bool | None]
 
+# What /predict takes too. Raw tensors may be larger, as nothing decodes them one by one.
+JSON_LIMIT_BYTES: Final = 10 * 1024 * 1024
 # Beside this many names nobody finds the one that matters.
 _MOST_TENSORS: Final = 1000
 _BINARY: Final = "application/octet-stream"
@@ -86,17 +88,27 @@ class Wanted(Struct, gc=False):
 
 
 def decode_infer(
-    model_id: str, model_version: str | None, body: bytes, json_bytes: int | None
+    model_id: str,
+    model_version: str | None,
+    body: bytes,
+    json_bytes: int | None,
+    json_limit_bytes: int = JSON_LIMIT_BYTES,
 ) -> tuple[InferRequest, Wanted]:
     """The request; ``json_bytes`` is where raw tensors begin, None without any.
 
-    Raises MalformedBody for what is no JSON, InvalidField for JSON of another shape, and TensorInvalid.
+    Raises MalformedBody for what is no JSON, InvalidField for JSON of another shape, TensorInvalid, and BodyTooLarge for
+    more JSON than may hold up everybody else.
     """
     if json_bytes is not None and json_bytes > len(body):
         raise MalformedBody(
             f"Inference-Header-Content-Length is {json_bytes}, the whole body has {len(body)} bytes"
         )
     head = body if json_bytes is None else body[:json_bytes]
+    if len(head) > json_limit_bytes:
+        raise BodyTooLarge(
+            f"the request has {len(head)} bytes of JSON, {json_limit_bytes} are allowed: send the tensors as raw bytes",
+            limit_bytes=json_limit_bytes,
+        )
     try:
         decoded = _decode_body(head)
     except msgspec.ValidationError as exc:
