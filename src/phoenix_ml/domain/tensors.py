@@ -1,5 +1,6 @@
 """Tensors of any shape, as the Open Inference Protocol names and carries them."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final
@@ -41,6 +42,8 @@ DTYPE_OF: Final[Mapping[str, np.dtype[Any]]] = {
 _MOST_DIMENSIONS: Final = 32
 _MOST_ELEMENTS: Final = 2**40
 _LENGTH_BYTES: Final = 4
+_STRUCT_CODE_OF: Final = {"FP32": "f", "FP64": "d", "INT64": "q", "INT32": "i", "BOOL": "?"}
+_FEW: Final = 64
 # What numpy and C give at least. ONNX Runtime adds up in another order where memory begins elsewhere, so the same
 # numbers would get other answers by where they stood in a body.
 _ALIGNED_BYTES: Final = 16
@@ -157,6 +160,13 @@ def decode_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | mem
 
 def encode_raw(tensor: Tensor) -> bytes:
     """The bytes that ``decode_raw`` takes."""
+    code = _STRUCT_CODE_OF.get(tensor.datatype)
+    if code is not None and tensor.is_listed and len(tensor.elements) <= _FEW:
+        # By way of an array 4 µs, for one or two numbers.
+        try:
+            return struct.pack(f"<{len(tensor.elements)}{code}", *tensor.elements)
+        except (struct.error, OverflowError):
+            pass  # the array knows what is wrong
     if tensor.datatype != "BYTES":
         return tensor.array.tobytes()
     texts = [str(text).encode() for text in tensor.array.reshape(-1)]
