@@ -218,11 +218,20 @@ def open_artifacts(settings: Settings) -> ArtifactStore:
 
 
 def open_engines(settings: Settings) -> Engines:
+    import onnxruntime
+
     from phoenix_ml.infrastructure.cpu import cpu_limit
+    from phoenix_ml.infrastructure.engines.gpu import Devices
     from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 
+    devices = Devices(
+        settings.device,
+        onnxruntime.get_available_providers(),
+        engine_cache=settings.data / "engines",
+        memory_limit_bytes=settings.gpu_memory_mib * 1024 * 1024,
+    )
     # More threads than processors only wait for each other.
-    return OnnxEngines(min(settings.engine_threads or cpu_limit(), cpu_limit()))
+    return OnnxEngines(min(settings.engine_threads or cpu_limit(), cpu_limit()), devices)
 
 
 def _scheme(url: str) -> str:

@@ -102,6 +102,14 @@ class Settings(BaseSettings):
         1, ge=0, description="Threads of one engine run, at most the container's CPU limit; 0 is that limit."
     )
 
+    device: str = Field(
+        "auto",
+        description="Where models run: `cpu`, `cuda`, `cuda:1` (the second GPU), or `auto`, a GPU where there is one.",
+    )
+    gpu_memory_mib: int = Field(
+        0, ge=0, description="Most GPU memory that one version's session may take; 0 is no limit."
+    )
+
     queue_limit: int = Field(
         256, ge=1, description="Most requests that wait for one version in one process; more are refused."
     )

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -830,6 +831,128 @@ def test_a_file_that_cannot_be_scored_leaves_no_output(run: Run, model: Path, tm
     assert not list(tmp_path.glob("*scored*"))
 
 
+def test_scored_rows_that_are_logged_are_predictions_like_any_other(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    """Found by entity, computed again, and not doubled by a second run."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--activate")
+    source, target = tmp_path / "rows.csv", tmp_path / "scored.csv"
+    source.write_text("entity_id,customer,x_0,x_1,x_2\n007,a,1,1,1\n008,b,2,1,0\n")
+    command = ["predict", "m", "--input", str(source), "--output", str(target), "--log"]
+
+    first = run(*command)
+    second = json.loads(run(*command, "--json").stdout)
+    listed = json.loads(run("predictions", "list", "--entity", "007", "--json").stdout)["items"]
+
+    assert first.stdout.splitlines() == [
+        f"wrote 2 rows with the answers of m 1.0.0 to {target}",
+        "2 of them are new on record",
+    ]
+    assert (second["rows"], second["on_record"], second["new_on_record"]) == (2, 2, 0)
+    scored = csv.read_csv(target).to_pylist()
+    assert [row["_result"] for row in scored] == [6.0, 4.0]
+    assert [item["prediction_id"] for item in listed] == [scored[0]["_prediction_id"]]
+    assert listed[0]["result"] == 6.0
+    assert "identical" in run("predictions", "replay", scored[1]["_prediction_id"]).stdout
+    assert "2 were on record before" in run(*command, "--entity-column", "customer").stdout
+
+
+def test_the_column_of_entities_is_named_where_it_is_another(run: Run, model: Path, tmp_path: Path) -> None:
+    """A column that is not there is a slip that would leave the rows without anybody they are about."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    source, target = tmp_path / "rows.csv", tmp_path / "scored.csv"
+    source.write_text("customer,x_0,x_1,x_2\n00a,1,1,1\n")
+    command = ["predict", "m", "--input", str(source), "--output", str(target), "--log", "--entity-column"]
+
+    slip = run(*command, "costumer", code=1)
+    run(*command, "customer")
+
+    assert "no column 'costumer'; it has customer, x_0" in fails(slip, "invalid_field")
+    listed = json.loads(run("predictions", "list", "--json").stdout)["items"]
+    assert [item["entity_id"] for item in listed] == ["00a"]
+
+
+def test_a_scoring_that_is_interrupted_says_what_is_on_record(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Whoever ends it must know that the rest follows when it is run again, and find no half of an output."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    rows = 200_000
+    source, target = tmp_path / "rows.parquet", tmp_path / "scored.parquet"
+    parquet.write_table(pa.table({f"x_{i}": [float(i)] * rows for i in range(3)}), source)
+    arguments = ["predict", "m", "--input", str(source), "--output", str(target), "--log"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phoenix_ml.cli", *arguments, "--data", str(data)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    wait_until(lambda: count_predictions(data) > 0, 60, "rows are on record")
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "rows are on record, and no output is written: run the same command again" in shown
+    assert "Traceback" not in shown
+    assert 0 < count_predictions(data) < rows
+    assert not list(tmp_path.glob("*scored*"))
+
+
+def count_predictions(data: Path) -> int:
+    with closing(sqlite3.connect(data / "phoenix.db")) as connection:
+        return int(connection.execute("SELECT count(*) FROM prediction_logs").fetchone()[0])
+
+
+def test_a_file_is_not_written_over_itself(run: Run, model: Path, tmp_path: Path) -> None:
+    """A typing error would cost the original."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    source = tmp_path / "rows.csv"
+    source.write_text("x_0,x_1,x_2\n1,1,1\n")
+    (tmp_path / "link.csv").symlink_to(source)
+
+    refused = run("predict", "m", "--input", str(source), "--output", str(tmp_path / "link.csv"), code=2)
+
+    assert "--output is the file of --input" in refused.stderr
+    assert source.read_text() == "x_0,x_1,x_2\n1,1,1\n"
+
+
+def test_a_version_that_takes_tensors_scores_no_file(run: Run, tmp_path: Path) -> None:
+    """Its inputs are no columns; the refusal says who answers for it."""
+    run("models", "register", str(zoo.outer_sum(tmp_path / "sums.onnx")), "--id", "s", "--version", "1.0.0")
+    source = tmp_path / "rows.csv"
+    source.write_text("a\n1\n")
+
+    done = run("predict", "s", "--input", str(source), "--output", str(tmp_path / "o.csv"), code=1)
+
+    assert "/v2/models/" in fails(done, "takes_tensors")
+
+
+def test_a_scored_table_keeps_the_types_of_its_columns(run: Run, model: Path, tmp_path: Path) -> None:
+    """What reads the input reads the output, in row groups as large as other writers make them."""
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0")
+    rows = 200_000
+    kept = {
+        "day": pa.array([19000] * rows, pa.date32()),
+        "city": pa.array(["Oslo", "Rome"] * (rows // 2)).dictionary_encode(),
+        "tags": pa.array([["a"]] * rows),
+        "x_0": pa.array([1] * rows, pa.int16()),
+        "x_1": pa.array([1.0] * rows, pa.float32()),
+        "x_2": pa.array([None, 1.0] * (rows // 2)),
+    }
+    source, target = tmp_path / "rows.parquet", tmp_path / "scored.parquet"
+    contract = tmp_path / "contract.json"
+    contract.write_text(json.dumps({f"x_{i}": {"type": "float", "default": 2.0} for i in range(3)}))
+    run("models", "register", str(model), "--id", "d", "--version", "1.0.0", "--features", str(contract))
+    parquet.write_table(pa.table(kept), source)
+
+    run("predict", "d", "--input", str(source), "--output", str(target))
+
+    scored = parquet.read_table(target)
+    assert scored.drop(["_result"]).equals(parquet.read_table(source))
+    assert scored["_result"].to_pylist() == [9.0, 6.0] * (rows // 2)
+    assert parquet.ParquetFile(target).num_row_groups == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -838,6 +961,8 @@ def test_a_file_that_cannot_be_scored_leaves_no_output(run: Run, model: Path, tm
         ["m", "--input", "x.csv"],
         ["m", "--output", "x.csv"],
         ["m", "--input", "x.csv", "--output", "y.csv", "--entity", "e"],
+        ["m", "--input", "x.csv", "--output", "y.csv", "--entity-column", "e"],
+        ["m", "--entity", "e", "--log"],
     ],
 )
 def test_a_prediction_that_is_asked_for_in_two_ways_is_refused(arguments: list[str]) -> None:

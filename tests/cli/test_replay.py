@@ -22,10 +22,11 @@ from click.testing import CliRunner, Result
 from lanes import ServerLane, logged, ok, refused
 from phoenix_server import PhoenixServer
 
+from phoenix_ml.application.ports import Engine
 from phoenix_ml.cli import main
 from phoenix_ml.domain.errors import Overloaded
 from phoenix_ml.domain.models import Metadata
-from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 from phoenix_ml.infrastructure.http.records import record_routes
 
 pytestmark = pytest.mark.system
@@ -249,10 +250,10 @@ def test_while_one_prediction_is_replayed_another_has_to_wait(server: PhoenixSer
     loading, go_on = threading.Event(), threading.Event()
 
     class GatedEngines(OnnxEngines):
-        def load(self, artifact: Path, metadata: Metadata) -> OnnxEngine:
+        def load(self, artifact: Path, metadata: Metadata, *wishes: Any, **options: Any) -> Engine:
             loading.set()
             assert go_on.wait(30)
-            return super().load(artifact, metadata)
+            return super().load(artifact, metadata, *wishes, **options)
 
     with server.opened() as phoenix, ThreadPoolExecutor(1) as pool:
         routes = record_routes(replace(phoenix, engines=GatedEngines())).routes

@@ -19,7 +19,7 @@ from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.events import Event
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task
 from phoenix_ml.domain.routing import Role
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.sql.database import Database
@@ -42,7 +42,7 @@ def log(url: str) -> Iterator[SqlPredictionLog]:
         empty(database)
         for model_id in ("risk", "another"):
             registered = ModelVersion(
-                model_id, "1.0.0", "onnx", "uri", "ab" * 32, Stage.DEV, True, AT_MS, METADATA
+                model_id, "1.0.0", Framework.ONNX, "uri", "ab" * 32, Stage.DEV, True, AT_MS, METADATA
             )
             SqlRegistry(database).add(registered, "ann")
         yield SqlPredictionLog(database)

@@ -30,7 +30,7 @@ from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.incidents import Alert, Incident, IncidentKind, IncidentStatus, Severity
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.monitoring import ALL_MODELS, MonitorSettings
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.sql.database import Database
@@ -50,7 +50,8 @@ def register(database: Database, model_id: str, version: str = "1.0.0") -> None:
         Task.REGRESSION,
     )
     SqlRegistry(database).add(
-        ModelVersion(model_id, version, "onnx", "uri", "ab" * 32, Stage.DEV, True, AT_MS, metadata), "ann"
+        ModelVersion(model_id, version, Framework.ONNX, "uri", "ab" * 32, Stage.DEV, True, AT_MS, metadata),
+        "ann",
     )
 
 

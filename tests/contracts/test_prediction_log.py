@@ -35,7 +35,7 @@ from phoenix_ml.domain.errors import BatchTooLarge, DatabaseUnavailable, Invalid
 from phoenix_ml.domain.events import OutcomeReported, PredictionMade
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.predictions import Feedback
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.events.deadletters import FileDeadLetters
@@ -62,7 +62,8 @@ def add_models(database: Database) -> None:
     )
     for number in ("1.0.0", "2.0.0"):
         SqlRegistry(database).add(
-            ModelVersion("risk", number, "onnx", "uri", "ab" * 32, Stage.DEV, True, AT_MS, metadata), "ann"
+            ModelVersion("risk", number, Framework.ONNX, "uri", "ab" * 32, Stage.DEV, True, AT_MS, metadata),
+            "ann",
         )
 
 
@@ -92,7 +93,7 @@ def all_rows(log: SqlPredictionLog, **query: Any) -> list[LoggedPrediction]:
 
 def test_a_prediction_comes_back_with_all_that_explains_it(log: SqlPredictionLog) -> None:
     """The row alone must suffice to compute the answer again."""
-    event = prediction(shadow_of=new_id())
+    event = prediction(shadow_of=new_id(), device="cuda:0")
     assert log.write(recorded(event)) == 1
     row = log.get(event.id)
     assert row == LoggedPrediction(
@@ -114,6 +115,7 @@ def test_a_prediction_comes_back_with_all_that_explains_it(log: SqlPredictionLog
             "probability": 0.25,
             "routing_key": "cust_99",
             "shadow_of": event.shadow_of,
+            "device": "cuda:0",
         },
         feature_sources={"income": "store", "city": "request", "visits": "default"},
         sha256="ab" * 32,

@@ -31,7 +31,7 @@ from phoenix_ml.domain.errors import (
     VersionUnknown,
 )
 from phoenix_ml.domain.features import FeatureRule, FeatureType
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
@@ -55,7 +55,7 @@ def a_version(number: str = "1.0.0", model_id: str = "risk", **facts: Any) -> Mo
     version = ModelVersion(
         model_id=model_id,
         version=number,
-        framework="onnx",
+        framework=Framework.ONNX,
         uri="sha256/ab/" + "ab" * 32,
         sha256="ab" * 32,
         stage=Stage.DEV,

@@ -19,7 +19,7 @@ from phoenix_ml.domain.drift import DriftReport, FeatureDrift, Verdict
 from phoenix_ml.domain.events import OutcomeReported, PredictionMade
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.routing import Role
 from phoenix_ml.domain.rows import Outputs, RowFormat
 from phoenix_ml.infrastructure.sql.database import Database
@@ -45,7 +45,7 @@ def database(url: str) -> Iterator[Database]:
             )
             for version in ("1.0.0", "2.0.0"):
                 registered = ModelVersion(
-                    model_id, version, "onnx", "uri", "ab" * 32, Stage.DEV, True, NOON_MS, metadata
+                    model_id, version, Framework.ONNX, "uri", "ab" * 32, Stage.DEV, True, NOON_MS, metadata
                 )
                 SqlRegistry(database).add(registered, "ann")
         yield database

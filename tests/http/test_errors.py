@@ -56,6 +56,7 @@ PROVOKED: dict[str, tuple[int, Provoke]] = {
     "feature_count_wrong": (422, predicting(model_id="abc", features=[1])),
     "inference_failed": (422, predicting(model_id="lookup", features=[99])),
     "model_refused": (422, uploading('{"id": "new", "version": "1.0.0"}')),
+    "engine_unavailable": (422, uploading('{"id": "new", "version": "1.0.0", "framework": "tensorrt"}')),
     "takes_tensors": (422, predicting(model_id="outer", features=[1])),
     "routing_invalid": (422, calling("PUT", "/models/abc/routing", json={"strategy": "single", "arms": []})),
     "model_unknown": (404, predicting(model_id="nowhere", features=[1])),

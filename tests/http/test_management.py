@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,33 @@ def test_a_registration_that_makes_no_sense_is_refused_and_leaves_nothing(
     assert [path for path in before if path.is_file()] == [
         path for path in sorted((server.data / "artifacts").rglob("*")) if path.is_file()
     ]
+
+
+class Intruder:
+    """A pickle that makes a folder when it is opened."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+def test_an_uploaded_pickle_is_refused_and_not_opened(http: Lane, tmp_path: Path) -> None:
+    """Opening a pickle runs its code: by HTTP anybody with a key could run any program on the server."""
+    target = tmp_path / "made-by-the-pickle"
+    content = pickle.dumps(Intruder(target))
+
+    for name in ("model.pkl", "model.joblib", "model.onnx"):
+        model = json.dumps({"id": unique("up"), "version": "1.0.0"})
+        answer = http.request("POST", "/models", files={"artifact": (name, content)}, data={"model": model})
+
+        error = refused(answer, 422, "model_refused")
+        assert "not an ONNX model" in error["message"]
+        assert "converted by phoenix-ml models register, at the command line" in error["message"]
+    assert not target.exists()
+    pickle.loads(content)
+    assert target.exists(), "so that it is a pickle that would have done it"
 
 
 @pytest.mark.parametrize("artifact_bytes", [b"", b"not a model", b"\0" * 1000], ids=len)

@@ -52,12 +52,13 @@ def test_health_is_live_and_ready_and_names_each_dependency(http: Lane) -> None:
     assert ready["status"] == "ok"
     assert ready["checks"] == {
         "models": "ok",
+        "devices": "ok",
         "journal": "ok",
         "features": "ok",
         "database": "ok",
         "log": "ok",
     }
-    assert ready["models_failed"] == {}
+    assert ready["models_failed"] == ready["models_displaced"] == {}
 
 
 def test_requests_are_counted_once_whichever_process_answered(http: Lane, server: PhoenixServer) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import msgspec
 import onnx_models
 
 from phoenix_ml.application.catalogue import Registration, register
+from phoenix_ml.application.ports import Engines
 from phoenix_ml.application.predict import Answer, Predict
 from phoenix_ml.bootstrap import Phoenix, bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.domain.events import PredictionMade
-from phoenix_ml.domain.models import Stage
+from phoenix_ml.domain.models import Framework, Stage
 from phoenix_ml.domain.predictions import PredictionRequest
 from phoenix_ml.infrastructure.events.journal import JournalReader, JournalWriter
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
@@ -23,9 +25,10 @@ from phoenix_ml.settings import fixed_settings
 class Server:
     """Everything between HTTP and the disk; close it in the end."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, engines: Engines | None = None, **settings: Any) -> None:
         self.settings = fixed_settings(data=folder, **settings)
-        self.phoenix: Phoenix = bootstrap(self.settings)
+        phoenix = bootstrap(self.settings)
+        self.phoenix: Phoenix = phoenix if engines is None else replace(phoenix, engines=engines)
         self.phoenix.database.upgrade()
         self.folder = folder
         self.metrics = MetricsWriter(folder / "metrics.mmap")
@@ -37,7 +40,9 @@ class Server:
         self.live, self.predict = bootstrap_predict(self.phoenix, self.features, self.journal, self.meter)
         self.infer = bootstrap_infer(self.phoenix, self.live, self.predict, self.journal, self.meter)
 
-    def serve(self, model: bytes, *, batches: bool | None = None) -> None:
+    def serve(
+        self, model: bytes, *, batches: bool | None = None, framework: Framework = Framework.ONNX
+    ) -> None:
         """Registers and activates the model; ``batches`` overrules what the warm-up has measured."""
         phoenix = self.phoenix
         register(
@@ -45,7 +50,7 @@ class Server:
             phoenix.artifacts,
             phoenix.engines,
             onnx_models.write(self.folder / "model.onnx", model),
-            Registration("risk", "1.0.0", Stage.DEV, {}, None),
+            Registration("risk", "1.0.0", Stage.DEV, {}, None, framework),
             actor="test",
         )
         phoenix.registry.set_active("risk", "1.0.0", True, "test")

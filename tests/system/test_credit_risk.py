@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from msgspec import convert
 from phoenix_server import PhoenixServer
+from pyarrow import parquet
 from servers import free_port, wait_until
 
 from phoenix_ml.demo.training import CLASS_LABELS, Training, arrange_for_sklearn, train
@@ -66,6 +67,25 @@ def test_every_applicant_gets_the_answer_that_scikit_learn_gives(
     confidences = np.array([answer["confidence"] for answer in answers])
     columns = [CLASS_LABELS.index(label) for label in expected_labels]
     assert np.abs(confidences - expected_probabilities[np.arange(4454), columns]).max() < 1e-5
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_every_applicant_of_a_file_gets_the_answer_that_scikit_learn_gives(
+    server: PhoenixServer, training: Training, tmp_path: Path, version: str
+) -> None:
+    """A file takes another road than a request, by columns, and must lead to the same answers."""
+    estimator = next(trained.estimator for trained in training.versions if trained.version == version)
+    expected = estimator.predict_proba(arrange_for_sklearn(training.data))
+    scored = tmp_path / "scored.parquet"
+    files = ["--input", str(training.features_path), "--output", str(scored)]
+
+    done = server.command("predict", MODEL, "--version", version, *files)
+
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(scored)
+    assert table["entity_id"].to_pylist() == list(training.data.ids)
+    assert table["_result"].to_pylist() == [CLASS_LABELS[i] for i in expected.argmax(axis=1)]
+    assert np.abs(table["_confidence"].to_numpy() - expected.max(axis=1)).max() < 1e-5
 
 
 def test_missing_values_are_named_as_such(server: PhoenixServer, training: Training) -> None:

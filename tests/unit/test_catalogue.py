@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from phoenix_ml.application import catalogue as use_cases
 from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
-from phoenix_ml.application.ports import ModelHints
+from phoenix_ml.application.ports import Engine, ModelHints, Placement
 from phoenix_ml.application.serving import INLINE_LIMIT_S, LiveModels, ServedVersion
 from phoenix_ml.application.statistics.baseline import describe_reference
 from phoenix_ml.domain.baselines import FeatureBaseline
@@ -42,10 +42,10 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
-from phoenix_ml.domain.rows import Outputs, Rows, Scalar
+from phoenix_ml.domain.rows import ColumnOutputs, Execution, Outputs, Rows, Scalar
 from phoenix_ml.domain.tensors import Tensor
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
-from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
 from phoenix_ml.infrastructure.telemetry import catalogue
@@ -470,7 +470,7 @@ def test_a_version_that_does_not_load_is_not_activated(platform: Platform, damag
 class OlderEngines(OnnxEngines):
     """A runtime that does not know what the model needs, as after a downgrade."""
 
-    def load(self, artifact: Path, metadata: Metadata) -> OnnxEngine:
+    def load(self, artifact: Path, metadata: Metadata, *wishes: Any, **options: Any) -> Engine:
         raise ModelRefused("opset 99 is not supported")
 
 
@@ -831,13 +831,13 @@ class GatedEngines(OnnxEngines):
         self.may_go_on = threading.Event()
         self.fails = False
 
-    def load(self, artifact: Path, metadata: Metadata) -> OnnxEngine:
+    def load(self, artifact: Path, metadata: Metadata, *wishes: Any, **options: Any) -> Engine:
         if artifact.name in self.gated:
             self.is_loading.set()
             assert self.may_go_on.wait(10)
             if self.fails:
                 raise MemoryError
-        return super().load(artifact, metadata)
+        return super().load(artifact, metadata, *wishes, **options)
 
 
 @dataclass
@@ -1183,6 +1183,8 @@ def test_metadata_without_a_verdict_means_no_batches() -> None:
 class Paced:
     """An engine that takes its time by a clock of the test's own: so long for a run, so long for each row."""
 
+    placement = Placement()
+
     def __init__(self, run_s: float, row_s: float) -> None:
         self.run_s = run_s
         self.row_s = row_s
@@ -1192,10 +1194,10 @@ class Paced:
         self.now_s += self.run_s + self.row_s * len(rows)
         return Outputs([0.0] * len(rows))
 
-    def run_columns(self, columns: Mapping[str, Any], count: int) -> Outputs:
+    def run_columns(self, columns: Mapping[str, Any], count: int) -> ColumnOutputs:
         raise NotImplementedError
 
-    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], Execution]:
         raise NotImplementedError
 
     def infer_rows(

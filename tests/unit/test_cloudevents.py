@@ -40,6 +40,7 @@ predictions = st.builds(
     probabilities=st.none() | st.lists(finite, max_size=5),
     shadow_of=st.none() | st.builds(new_id),
     traceparent=st.sampled_from([None, TRACEPARENT]),
+    device=st.sampled_from(["cpu", "cuda:0", "tensorrt:12"]),
 )
 outcomes = st.builds(
     outcome,
@@ -85,7 +86,7 @@ def test_headers_are_cut_from_the_right_place(event: PredictionMade) -> None:
         "ce_specversion": b"1.0",
         "ce_type": b"phoenix-ml.prediction-made",
         "ce_source": b"/phoenix-ml",
-        "ce_dataschema": b"urn:phoenix-ml:prediction-made:2",
+        "ce_dataschema": b"urn:phoenix-ml:prediction-made:3",
         "content-type": b"application/msgpack",
         "ce_id": event.id.encode(),
         "ce_time": made_at.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode(),
@@ -174,7 +175,7 @@ def test_events_of_the_previous_version_are_shipped_as_such_and_read(version_1: 
         back = decode_message(message.value, message.headers)
         assert isinstance(back, RecordedEvent)
         assert back.event == item.event
-        version = 1 if isinstance(item.event, PredictionMade) else 2
+        version = 1 if isinstance(item.event, PredictionMade) else 3
         assert dict(message.headers)["ce_dataschema"].endswith(b":%d" % version)
 
 
@@ -182,14 +183,14 @@ def test_events_of_a_later_version_wait_for_an_update(version_1: LocalEvents) ->
     """Read as far as it is known, a later event would lose its new fields for good."""
     message = message_of(prediction())
     later = [
-        (name, value.replace(b":2", b":3") if name == "ce_dataschema" else value)
+        (name, value.replace(b":3", b":4") if name == "ce_dataschema" else value)
         for name, value in message.headers
     ]
 
     found = decode_message(message.value, later)
 
     assert isinstance(found, UnreadableEvent)
-    assert "schema version 3" in found.reason
+    assert "schema version 4" in found.reason
     assert "events dead requeue" in found.reason
 
 
@@ -198,10 +199,10 @@ def test_events_of_a_later_version_wait_for_an_update(version_1: LocalEvents) ->
     [
         (b"{}", [], "no header ce_dataschema"),
         (b"{}", [("ce_dataschema", b"urn:other:thing:1")], "header ce_dataschema is b'urn:other:thing:1'"),
-        (b"", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
-        (b"\x92\xc0\xc0", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
-        (b"\xc1", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
-        (b"\x91" * 5000, [("ce_dataschema", b"urn:phoenix-ml:prediction-made:2")], "not an event"),
+        (b"", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:3")], "not an event"),
+        (b"\x92\xc0\xc0", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:3")], "not an event"),
+        (b"\xc1", [("ce_dataschema", b"urn:phoenix-ml:prediction-made:3")], "not an event"),
+        (b"\x91" * 5000, [("ce_dataschema", b"urn:phoenix-ml:prediction-made:3")], "not an event"),
     ],
 )
 def test_a_foreign_message_is_unreadable_and_says_why(

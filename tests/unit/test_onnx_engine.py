@@ -20,7 +20,7 @@ from phoenix_ml.domain.errors import FeatureInvalid, InferenceFailed, ModelRefus
 from phoenix_ml.domain.models import Metadata, Task, TensorSpec
 from phoenix_ml.domain.rows import Column, ElementType, Outputs, RowFormat, Rows, Scalar
 from phoenix_ml.infrastructure.cpu import cpu_limit
-from phoenix_ml.infrastructure.engines.onnx import OnnxEngine, OnnxEngines
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 
 
 def close_to(expected: Any) -> Any:
@@ -34,7 +34,7 @@ class Loaded:
     def __init__(self, path: Path, hints: ModelHints) -> None:
         engines = OnnxEngines()
         self.metadata: Metadata = engines.inspect(path, hints)
-        self.engine: OnnxEngine = engines.load(path, self.metadata)
+        self.engine = engines.load(path, self.metadata)
         self.format = RowFormat(self.metadata.columns)
 
     def run(self, *rows: Sequence[Scalar]) -> Outputs:

@@ -9,7 +9,7 @@ from scipy.stats import binomtest, chi2_contingency
 
 from phoenix_ml.domain.errors import RoutingInvalid
 from phoenix_ml.domain.features import FeatureRule
-from phoenix_ml.domain.models import Metadata, ModelVersion, Signature, Stage, Task
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task
 from phoenix_ml.domain.routing import (
     Arm,
     Choice,
@@ -39,7 +39,7 @@ def a_b(challenger_weight: float, champion_weight: float = 1.0, salt: str = "") 
 def version(number: str, stage: Stage = Stage.DEV) -> ModelVersion:
     rules: dict[str, FeatureRule] = {}
     metadata = Metadata(Signature((), ()), (), rules, Task.REGRESSION)
-    return ModelVersion("m", number, "onnx", "file:x", "0" * 64, stage, True, 0, metadata)
+    return ModelVersion("m", number, Framework.ONNX, "file:x", "0" * 64, stage, True, 0, metadata)
 
 
 # The same key, the same version

@@ -30,7 +30,15 @@ from phoenix_ml.domain.errors import (
     VersionConflict,
 )
 from phoenix_ml.domain.features import FeatureContract, FeatureRule, FeatureType
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task, check_model_id, check_version
+from phoenix_ml.domain.models import (
+    Framework,
+    Metadata,
+    ModelVersion,
+    Stage,
+    Task,
+    check_model_id,
+    check_version,
+)
 from phoenix_ml.domain.routing import Routing, check_routing
 from phoenix_ml.domain.rows import ElementType, Outputs, RowFormat, Rows, Scalar
 
@@ -55,6 +63,7 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: Stage = Stage.DEV
     features: dict[str, FeatureRule] = {}
     task: str | None = None
+    framework: Framework = Framework.ONNX
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -113,7 +122,7 @@ def register(
     version = ModelVersion(
         model_id=registration.id,
         version=registration.version,
-        framework="onnx",
+        framework=registration.framework,
         uri=_store(artifacts, artifact, sha256),
         sha256=sha256,
         stage=registration.stage,
@@ -179,6 +188,11 @@ def _check_same(existing: ModelVersion, sha256: str, registration: Registration)
             registered_sha256=existing.sha256,
             given_sha256=sha256,
         )
+    if existing.framework is not registration.framework:
+        raise VersionConflict(
+            f"{name} is already registered for the framework {existing.framework}: versions are immutable, register "
+            "a new one"
+        )
     metadata, given = existing.metadata, registration.features
     if not given:
         return
@@ -204,7 +218,8 @@ def _describe(
     registration: Registration,
     reference: Reference | None,
 ) -> Metadata:
-    hints = ModelHints(registration.task, tuple(registration.features))
+    framework = registration.framework
+    hints = ModelHints(registration.task, tuple(registration.features), framework)
     metadata = engines.inspect(path, hints)
     if metadata.task is not Task.TENSORS:
         try:
@@ -212,12 +227,12 @@ def _describe(
         except RowCountWrong as exc:
             if registration.task or registration.features or reference is not None:
                 raise ModelRefused(exc.message) from exc
-            metadata = engines.inspect(path, ModelHints(Task.TENSORS))
+            metadata = engines.inspect(path, ModelHints(Task.TENSORS, framework=framework))
             metadata = msgspec.structs.replace(metadata, not_tabular=exc.message)
     if reference is not None:
         why = metadata.not_tabular or "it was registered as taking tensors"
         raise ModelRefused(f"a reference holds rows of features, which the model does not take: {why}")
-    engines.load_tensors(path, metadata)
+    engines.load_tensors(path, metadata, framework, on_cpu=True)
     return _checked(metadata)
 
 
@@ -233,7 +248,8 @@ def _describe_rows(
     if reference is not None:
         # What is no reference is said before the model runs over it.
         describe_reference(reference.columns, contract, elements=_elements(metadata))
-    engine = engines.load(path, metadata)
+    # Not on a GPU, for which TensorRT would build an engine first, and which need not be there.
+    engine = engines.load(path, metadata, registration.framework, on_cpu=True)
     metadata = _try_out(engine, metadata, None if reference is None else reference.columns)
     if reference is not None:
         metadata = msgspec.structs.replace(metadata, baseline=_compare_with(reference, engine, metadata))

@@ -357,7 +357,12 @@ class Healer:
                 self._engines,
                 model,
                 Registration(
-                    job.model_id, str(job.new_version), Stage.STAGING, contract, champion.metadata.task
+                    job.model_id,
+                    str(job.new_version),
+                    Stage.STAGING,
+                    contract,
+                    champion.metadata.task,
+                    champion.framework,
                 ),
                 actor=_ACTOR,
                 reference=self._reference(job, champion),
@@ -385,7 +390,8 @@ class Healer:
     ) -> Comparison | None:
         if len(held_out) < FEWEST_HELD_OUT:
             return None
-        hints = ModelHints(champion.metadata.task, tuple(contract))
+        framework = champion.framework
+        hints = ModelHints(champion.metadata.task, tuple(contract), framework)
         metadata = self._engines.inspect(model, hints)
         metadata = msgspec.structs.replace(
             metadata, contract=FeatureContract.check(metadata.columns, contract)
@@ -393,10 +399,10 @@ class Healer:
         if lacking := [name for name in metadata.contract if name not in champion.metadata.contract]:
             raise Rejected(f"it takes {', '.join(lacking)}, which nobody sends to {champion.version}")
         columns = {name: [row[name] for row in held_out] for name in champion.metadata.contract}
-        new = score(self._engines.load(model, metadata), metadata, columns)
-        old_engine = self._engines.load(
-            self._artifacts.fetch(champion.uri, champion.sha256), champion.metadata
-        )
+        new_engine = self._engines.load(model, metadata, framework, on_cpu=True)
+        new = score(new_engine, metadata, columns)
+        artifact = self._artifacts.fetch(champion.uri, champion.sha256)
+        old_engine = self._engines.load(artifact, champion.metadata, framework, on_cpu=True)
         old = score(old_engine, champion.metadata, columns)
         if len({str(result) for result in new.results}) == 1:
             raise Rejected(f"it answers {new.results[0]!r} to everything")

@@ -64,6 +64,7 @@ class Inferred(msgspec.Struct, gc=False):
     prediction_id: str
     row_count: int
     outputs: list[tuple[str, Tensor]]
+    device: str
 
     def prediction_ids(self) -> list[str]:
         """The rows' ids, in order."""
@@ -159,17 +160,17 @@ class Infer:
 
     async def _infer_tensors(self, served: TensorVersion, asked: _Asked) -> Inferred:
         inputs = asked.request.inputs
-        answered, took_s = await served.infer(inputs, asked.names)
-        self._meter.ran(served.version, took_s)
+        answered, execution, took_s = await served.infer(inputs, asked.names)
+        self._meter.ran(served.version, took_s, execution)
         outputs = list(zip(asked.names, answered, strict=True))
         kept = await self._keep(served, asked, outputs)
-        event = self._record(served, asked, asked.choice, asked.prediction_id, kept, None)
+        event = self._record(served, asked, asked.choice, asked.prediction_id, kept, None, execution.device)
         if asked.model.shadows and asked.request.model_version is None:
             for version in asked.model.shadows:
                 task = asyncio.get_running_loop().create_task(self._shadow(version, asked, event))
                 self._shadows.add(task)
                 task.add_done_callback(self._shadows.discard)
-        return _inferred(asked, served, event.request_id, asked.prediction_id, 1, outputs)
+        return _inferred(asked, served, event.request_id, asked.prediction_id, 1, outputs, event.device)
 
     async def _keep(
         self, served: TensorVersion, asked: _Asked, outputs: Sequence[tuple[str, Tensor]]
@@ -195,6 +196,7 @@ class Infer:
         prediction_id: str,
         kept: tuple[bytes, dict[str, Any]],
         shadow_of: str | None,
+        device: str,
     ) -> PredictionMade:
         version = served.version
         packed, result = kept
@@ -220,6 +222,7 @@ class Infer:
             0,
             shadow_of,
             asked.traceparent,
+            device,
         )
         self._journal.append(_encode(event), asked.model.schema_digest, asked.model.schema)
         self._meter.answered(event, len(asked.request.inputs), None)
@@ -236,13 +239,13 @@ class Infer:
                 raise TensorInvalid(f"{model.model_id} {name} takes rows of features, the champion tensors")
             started = time.perf_counter()
             names = form.check_outputs(())
-            outputs, took_s = await served.infer(asked.request.inputs, names)
-            self._meter.ran(served.version, took_s)
+            outputs, execution, took_s = await served.infer(asked.request.inputs, names)
+            self._meter.ran(served.version, took_s, execution)
             shadowed = msgspec.structs.replace(asked, started=started)
             choice = Choice(name, Strategy.SHADOW, Role.SHADOW, 1.0)
             named = list(zip(names, outputs, strict=True))
             kept = await self._keep(served, shadowed, named)
-            self._record(served, shadowed, choice, new_id(), kept, answered.id)
+            self._record(served, shadowed, choice, new_id(), kept, answered.id, execution.device)
         except PhoenixError as exc:
             self._meter.shadow_failed(model.model_id, name, exc.code)
             log.warning(
@@ -307,8 +310,9 @@ class Infer:
         answered = self._predict.answer(row, new_pending or asyncio.get_running_loop().create_future)
         event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
         if model.shadows and request.model_version is None:
-            if row.values:
-                instance.features = dict(zip(served.contract.names, row.values, strict=True))
+            if row.values or reading.stored is None:
+                values = row.values or served.format.unpack(row.packed)
+                instance.features = dict(zip(served.contract.names, values, strict=True))
             self._predict.start_shadows(model, instance, event, reading)
         if form.can_rebuild(asked.names):
             outputs = form.rebuild(asked.names, event)
@@ -317,7 +321,7 @@ class Infer:
                 0
             ]
         named = list(zip(asked.names, outputs, strict=True))
-        return _inferred(asked, served, event.request_id, event.id, 1, named)
+        return _inferred(asked, served, event.request_id, event.id, 1, named, event.device)
 
     async def _infer_rows(
         self, served: ServedVersion, form: "RowForm", asked: _Asked, count: int
@@ -333,10 +337,11 @@ class Infer:
             answered, outputs = await served.on_thread(infer_rows, request.inputs, asked.names, count)
         ended = time.perf_counter()
         named = list(zip(asked.names, answered, strict=True))
+        device = outputs.execution.device
         if not count:
-            return _inferred(asked, served, request.request_id, "", 0, named)
+            return _inferred(asked, served, request.request_id, "", 0, named, device)
         version = served.version
-        self._meter.ran(version, ended - ran_at)
+        self._meter.ran(version, ended - ran_at, outputs.execution)
         made = PredictionsMade(
             new_batch_id(count),
             version.model_id,
@@ -355,6 +360,7 @@ class Infer:
             int((ended - asked.started) * 1e6) / 1e3,
             time.time_ns() // 1_000_000,
             asked.traceparent,
+            device,
         )
         self._journal.append_batch(_encode(made), count, model.schema_digest, model.schema)
         self._meter.answered_rows(made, len(served.contract.names))
@@ -364,7 +370,7 @@ class Infer:
                 values = served.format.unpack(event.inputs)
                 instance = Instance(features=dict(zip(served.contract.names, values, strict=True)))
                 self._predict.start_shadows(model, instance, event, reading)
-        return _inferred(asked, served, made.request_id, made.first_id, count, named)
+        return _inferred(asked, served, made.request_id, made.first_id, count, named, device)
 
 
 def _inferred(
@@ -374,6 +380,7 @@ def _inferred(
     prediction_id: str,
     row_count: int,
     outputs: list[tuple[str, Tensor]],
+    device: str,
 ) -> Inferred:
     version = served.version
     return Inferred(
@@ -384,6 +391,7 @@ def _inferred(
         prediction_id,
         row_count,
         outputs,
+        device,
     )
 
 
@@ -470,12 +478,12 @@ class RowForm(Form):
             raise TensorInvalid("with an entity_id the inputs have one row: the entity's")
 
     def row(self, given: Mapping[str, Tensor]) -> tuple[Sequence[Scalar], bytes]:
-        """The values of the one row, and its bytes."""
+        """The values of the one row, and its bytes; no values where the bytes are all that the engine takes."""
         if self._is_packed:
             (tensor,) = given.values()
             if tensor.is_listed:
                 return tensor.elements, self._format.pack(tensor.elements)
-            return tensor.elements, tensor.array.tobytes()
+            return (), tensor.array.tobytes()
         values = [value for spec, _, _ in self._slices for value in given[spec.name].elements]
         return values, self._format.pack(values)
 

@@ -13,17 +13,30 @@ from phoenix_ml.domain.events import Event, PredictionMade, PredictionsMade
 from phoenix_ml.domain.features import FeatureType, PackedFeatures, PackedSignature, StoredFeatures
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
 from phoenix_ml.domain.incidents import Alert, Incident
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Stage
 from phoenix_ml.domain.monitoring import MonitorSettings
 from phoenix_ml.domain.routing import Routing
-from phoenix_ml.domain.rows import Outputs, RowFormat, Rows, Scalar
+from phoenix_ml.domain.rows import ON_CPU, ColumnOutputs, Execution, Outputs, RowFormat, Rows, Scalar
 from phoenix_ml.domain.tensors import Tensor
+
+
+class Placement(Struct, frozen=True):
+    """The device that an engine runs on now, and ``reason``, why it is not the one that was wanted: for one, that
+    the device is ``out_of_memory``.
+    """
+
+    device: str = ON_CPU.device
+    reason: str = ""
+    out_of_memory: bool = False
 
 
 class TensorEngine(Protocol):
     """One loaded version. It runs one batch at a time and knows no queue; any thread may call it."""
 
-    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    @property
+    def placement(self) -> Placement: ...
+
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], Execution]:
         """The outputs of these names, in this order, for all inputs of the graph.
 
         Raises InferenceFailed with the runtime's own words.
@@ -41,7 +54,7 @@ class Engine(TensorEngine, Protocol):
         """
         ...
 
-    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> Outputs:
+    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> ColumnOutputs:
         """As ``run``, of rows that are there as a column a feature, with the elements that the engine takes."""
         ...
 
@@ -64,12 +77,30 @@ class Engines(Protocol):
         """
         ...
 
-    def load(self, artifact: Path, metadata: Metadata) -> Engine:
-        """An engine that is ready to run rows. Raises ModelRefused with the runtime's own words."""
+    def load(
+        self,
+        artifact: Path,
+        metadata: Metadata,
+        framework: Framework = Framework.ONNX,
+        *,
+        on_cpu: bool = False,
+    ) -> Engine:
+        """An engine that is ready to run rows, on the best device there is, or ``on_cpu``.
+
+        Raises ModelRefused with the runtime's own words, and EngineUnavailable for an artifact that only an engine
+        that is not installed could run.
+        """
         ...
 
-    def load_tensors(self, artifact: Path, metadata: Metadata) -> TensorEngine:
-        """An engine that is ready to run tensors of any shape. Raises ModelRefused as ``load``."""
+    def load_tensors(
+        self,
+        artifact: Path,
+        metadata: Metadata,
+        framework: Framework = Framework.ONNX,
+        *,
+        on_cpu: bool = False,
+    ) -> TensorEngine:
+        """As ``load``, an engine that is ready to run tensors of any shape."""
         ...
 
 
@@ -78,6 +109,7 @@ class ModelHints(Struct, frozen=True):
 
     task: str | None = None
     feature_names: tuple[str, ...] = ()
+    framework: Framework = Framework.ONNX
 
 
 class FeatureStore(Protocol):
@@ -222,7 +254,7 @@ class Registry(Protocol):
 class Meter(Protocol):
     """Counts what the use cases do; each call costs well under a microsecond."""
 
-    def ran(self, version: ModelVersion, inference_s: float) -> None:
+    def ran(self, version: ModelVersion, inference_s: float, execution: Execution) -> None:
         """An engine run is over, of one row or of many."""
         ...
 
@@ -239,6 +271,10 @@ class Meter(Protocol):
     def loaded(self, model_id: str, version: str, load_s: float) -> None: ...
 
     def load_failed(self, model_id: str, version: str) -> None: ...
+
+    def out_of_memory(self, model_id: str, version: str, phase: str, times: int = 1) -> None:
+        """A device's memory was too small, so often, in the phase ``load`` or ``run``."""
+        ...
 
 
 class Journal(Protocol):

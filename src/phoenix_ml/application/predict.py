@@ -155,7 +155,7 @@ class Predict:
                 Rows([m.values for m in members], [m.packed for m in members])
             )
             ended, now_ms = time.perf_counter(), time.time_ns() // 1_000_000
-            self._meter.ran(members[0].served.version, ended - ran_at)
+            self._meter.ran(members[0].served.version, ended - ran_at, outputs.execution)
             if len(groups) > 1:  # many short runs on end would hold up everybody else
                 await asyncio.sleep(0)
             for position, number in enumerate(numbers):
@@ -253,7 +253,7 @@ class Predict:
             ran_at = time.perf_counter()
             outputs = served.engine.run(Rows((row.values,), (row.packed,)))
             ended = time.perf_counter()
-            self._meter.ran(served.version, ended - ran_at)
+            self._meter.ran(served.version, ended - ran_at, outputs.execution)
             event = _event(row, outputs, 0, 1, ended, time.time_ns() // 1_000_000)
             self._journal.append(_encode(event), row.model.schema_digest, row.model.schema)
             self._count(event, row)
@@ -269,7 +269,7 @@ class Predict:
             return
         model = rows[-1].model
         try:
-            self._meter.ran(rows[-1].served.version, inference_s)
+            self._meter.ran(rows[-1].served.version, inference_s, outputs.execution)
             count, ended, now_ms = len(rows), time.perf_counter(), time.time_ns() // 1_000_000
             events = [_event(row, outputs, i, count, ended, now_ms) for i, row in enumerate(rows)]
             # One write for all: by itself each costs 2 µs.
@@ -422,6 +422,7 @@ def _event(
         position,
         row.shadow_of,
         row.traceparent,
+        outputs.execution.device,
     )
 
 

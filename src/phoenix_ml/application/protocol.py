@@ -43,8 +43,12 @@ def infer_request(
 
 
 def answer_parameters(answer: Inferred, with_all_ids: bool) -> dict[str, str]:
-    """What the protocol has no field for: the role, and the id under which the answer is on record."""
-    parameters = {"role": answer.role.value, "prediction_id": answer.prediction_id}
+    """What the protocol has no field for: the role, the id under which the answer is on record, and the device."""
+    parameters = {
+        "role": answer.role.value,
+        "prediction_id": answer.prediction_id,
+        "device": answer.device,
+    }
     if with_all_ids:
         parameters[PREDICTION_IDS] = ",".join(answer.prediction_ids())
     return parameters

@@ -9,7 +9,7 @@ from msgspec import Struct
 from phoenix_ml.application.ports import ArtifactStore, Engines, LoggedPrediction, PredictionLog, Registry
 from phoenix_ml.domain.errors import InferenceFailed, ModelLoadFailed, ModelRefused, TensorInvalid
 from phoenix_ml.domain.models import ModelVersion, Task
-from phoenix_ml.domain.rows import RowFormat, Rows
+from phoenix_ml.domain.rows import ON_CPU, RowFormat, Rows
 from phoenix_ml.domain.tensors import Tensor, describe_tensor, unpack_tensor
 
 _NOTHING, _EVERYTHING = -1, 2**62
@@ -26,8 +26,8 @@ class Compared(Struct, frozen=True):
 class Replay(Struct, frozen=True):
     """What came of computing a prediction again.
 
-    ``registered_runtime`` is what the version was registered with, ``runtime`` what computed it now: another
-    one may round differently.
+    ``registered_runtime`` is what the version was registered with, ``runtime`` what computed it now, and
+    ``logged_device`` and ``device`` where: another one may round differently.
     """
 
     prediction_id: str
@@ -42,6 +42,8 @@ class Replay(Struct, frozen=True):
     probabilities: Compared
     registered_runtime: str
     runtime: str
+    logged_device: str
+    device: str
 
 
 def replay(
@@ -59,7 +61,7 @@ def replay(
         return _replay_tensors(row, version, artifacts, engines)
     try:
         path = artifacts.fetch(version.uri, row.sha256)
-        engine = engines.load(path, version.metadata)
+        engine = engines.load(path, version.metadata, version.framework, on_cpu=_ran_on_cpu(row))
     except ModelRefused as exc:
         raise ModelLoadFailed(exc.message, **exc.details) from exc
     position = row.batch_position
@@ -84,6 +86,8 @@ def replay(
         probabilities,
         version.metadata.runtime,
         engines.runtime,
+        _device(row),
+        outputs.execution.device,
     )
 
 
@@ -104,10 +108,11 @@ def _replay_tensors(
     except (msgspec.DecodeError, TensorInvalid) as exc:
         raise InferenceFailed(f"the tensors on record of prediction {row.id} are damaged: {exc}") from exc
     try:
-        engine = engines.load_tensors(artifacts.fetch(version.uri, row.sha256), version.metadata)
+        path = artifacts.fetch(version.uri, row.sha256)
+        engine = engines.load_tensors(path, version.metadata, version.framework, on_cpu=_ran_on_cpu(row))
     except ModelRefused as exc:
         raise ModelLoadFailed(exc.message, **exc.details) from exc
-    answered = engine.infer(inputs, list(row.result))
+    answered, execution = engine.infer(inputs, list(row.result))
     computed = {
         # As the one on record is: whole, or by its digest.
         name: describe_tensor(tensor, _NOTHING if "sha256" in logged else _EVERYTHING)
@@ -128,7 +133,18 @@ def _replay_tensors(
         nothing,
         version.metadata.runtime,
         engines.runtime,
+        _device(row),
+        execution.device,
     )
+
+
+def _device(row: LoggedPrediction) -> str:
+    # Rows of before there was a choice do not say it.
+    return str(row.route.get("device", ON_CPU.device))
+
+
+def _ran_on_cpu(row: LoggedPrediction) -> bool:
+    return _device(row) == ON_CPU.device
 
 
 def _copies(row: LoggedPrediction, version: ModelVersion) -> Rows:

@@ -29,7 +29,7 @@ from phoenix_ml.domain.errors import (
 from phoenix_ml.domain.features import FeatureContract, FeatureType, PackedSignature, packed_signature
 from phoenix_ml.domain.models import ModelVersion, Task
 from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing
-from phoenix_ml.domain.rows import Outputs, RowFormat, Rows
+from phoenix_ml.domain.rows import ON_CPU, Execution, Outputs, RowFormat, Rows
 from phoenix_ml.domain.tensors import Tensor
 
 # A hop to another thread and back costs 100 to 120 µs of CPU; a run shorter than this on the event
@@ -101,26 +101,31 @@ class TensorVersion(_OnThread):
         self._clock = clock
         # What a run takes depends on how much it is given: up to so many bytes it was seen to be short.
         self._inline_bytes = -1
+        self._can_inline = engine.placement.device == ON_CPU.device
 
-    async def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], float]:
+    async def infer(
+        self, inputs: Mapping[str, Tensor], outputs: Sequence[str]
+    ) -> tuple[list[Tensor], Execution, float]:
         """The engine's answer and the seconds it took: run here and now when that is short, else on a thread.
 
         Raises Overloaded when too many runs wait for the thread already, and what the engine raises.
         """
         size = sum(tensor.array.nbytes for tensor in inputs.values())
         if size <= self._inline_bytes:
-            answered, took_s = self._timed(inputs, outputs)
+            answered, execution, took_s = self._timed(inputs, outputs)
         else:
-            answered, took_s = await self.on_thread(self._timed, inputs, outputs)
-        if took_s < INLINE_LIMIT_S:
+            answered, execution, took_s = await self.on_thread(self._timed, inputs, outputs)
+        if took_s < INLINE_LIMIT_S and self._can_inline:
             self._inline_bytes = max(self._inline_bytes, size)
         elif size <= self._inline_bytes:
             self._inline_bytes = size // 2
-        return answered, took_s
+        return answered, execution, took_s
 
-    def _timed(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], float]:
+    def _timed(
+        self, inputs: Mapping[str, Tensor], outputs: Sequence[str]
+    ) -> tuple[list[Tensor], Execution, float]:
         started = self._clock()
-        return self.engine.infer(inputs, outputs), self._clock() - started
+        return *self.engine.infer(inputs, outputs), self._clock() - started
 
 
 class ServedVersion(_OnThread):
@@ -138,6 +143,8 @@ class ServedVersion(_OnThread):
         columns = metadata.columns
         self.engine = engine
         self.contract = FeatureContract(columns, metadata.contract)
+        # On a GPU a short run can become a long one: when its memory runs out the CPU answers.
+        self._can_inline = engine.placement.device == ON_CPU.device
         self.first_row_s, self.further_row_s = self._warm_up(clock)
         self.is_inline = self.runs_inline(1)
         self.batches, self.batch_rows_limit = self._weigh_batches()
@@ -174,21 +181,21 @@ class ServedVersion(_OnThread):
         in_batch = (first + (_WARM_UP_ROWS - 1) * further) / _WARM_UP_ROWS
         if in_batch > _CLEARLY_LESS * first:
             return False, 1
-        if first >= INLINE_LIMIT_S or first + (BATCH_ROWS_LIMIT - 1) * further < INLINE_LIMIT_S:
+        if not self.is_inline or self.runs_inline(BATCH_ROWS_LIMIT):
             return True, BATCH_ROWS_LIMIT
         limit = ceil((INLINE_LIMIT_S - first) / further)
         return limit > 1, limit
 
     def runs_inline(self, rows: int) -> bool:
         """Whether so many rows take so short that they are best run on the event loop itself."""
-        return self.first_row_s + (rows - 1) * self.further_row_s < INLINE_LIMIT_S
+        return self._can_inline and self.first_row_s + (rows - 1) * self.further_row_s < INLINE_LIMIT_S
 
     async def run(self, rows: Rows) -> Outputs:
         """The engine's answer: run here and now when that is short, else on the version's own thread.
 
         Raises Overloaded when too many runs wait for the thread already, and what the engine raises.
         """
-        if self.first_row_s + (len(rows) - 1) * self.further_row_s < INLINE_LIMIT_S:
+        if self.runs_inline(len(rows)):
             return self.engine.run(rows)
         return await self.on_thread(self.engine.run, rows)
 
@@ -310,6 +317,7 @@ class LiveModels:
         self._meter = meter
         self._clock = clock
         self._table: Mapping[str, LiveModel] = {}
+        self.dropped = 0  # versions that were taken out of service so far
         self._revision: int | None = None
         self._is_ready = False
         self._retry_at = float("inf")
@@ -360,6 +368,15 @@ class LiveModels:
             if isinstance(served, ModelLoadFailed)
         }
 
+    def displaced(self) -> dict[str, str]:
+        """Loaded versions that do not run where they should: on which device they run, and why."""
+        return {
+            f"{model.model_id} {version}": f"{placement.device}: {placement.reason}"
+            for model in self._table.values()
+            for version, served in model.served.items()
+            if isinstance(served, Loaded) and (placement := served.engine.placement).reason
+        }
+
     def refresh(self, model_id: str | None = None) -> bool:
         """What ``look`` answers, once the model, or without a name every model, is loaded.
 
@@ -393,7 +410,9 @@ class LiveModels:
                 of_model.append(version)
             active = {_key(version): version for version in versions if version.is_active}
             self._registered = registered
-            self._served = {key: served for key, served in self._served.items() if key in active}
+            kept = {key: served for key, served in self._served.items() if key in active}
+            self.dropped += len(self._served) - len(kept)
+            self._served = kept
             self._due = {
                 key: version
                 for key, version in active.items()
@@ -473,7 +492,12 @@ class LiveModels:
             return ModelLoadFailed(exc.message, **exc.details)
         self._meter.loaded(version.model_id, version.version, time.perf_counter() - started)
         warm = {"first_row_us": round(served.first_row_s * 1e6)} if isinstance(served, ServedVersion) else {}
-        log.info("model loaded", extra={**where, **warm})
+        placement = served.engine.placement
+        log.info("model loaded", extra={**where, **warm, "device": placement.device})
+        if placement.reason:
+            log.warning("model runs on %s: %s", placement.device, placement.reason, extra=where)
+        if placement.out_of_memory:
+            self._meter.out_of_memory(version.model_id, version.version, "load")
         return served
 
 
@@ -482,8 +506,8 @@ def load_version(version: ModelVersion, artifacts: ArtifactStore, engines: Engin
     try:
         path = artifacts.fetch(version.uri, version.sha256)
         if version.metadata.task is Task.TENSORS:
-            return TensorVersion(version, engines.load_tensors(path, version.metadata))
-        return ServedVersion(version, engines.load(path, version.metadata))
+            return TensorVersion(version, engines.load_tensors(path, version.metadata, version.framework))
+        return ServedVersion(version, engines.load(path, version.metadata, version.framework))
     except (ModelLoadFailed, ModelRefused, InferenceFailed) as exc:
         raise ModelLoadFailed(exc.message, **(_where(version) | exc.details)) from exc
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +29,10 @@ from phoenix_ml.cli.common import (
 )
 from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachable
 
+ENTITY_COLUMN = "entity_id"
+# Answers on record are computed again in a batch as large, and a commit must not keep a server's log waiting.
+SCORED_ROWS, RECORDED_ROWS = 16_384, 1000
+
 
 @main.command()
 @click.argument("model_id", metavar="[MODEL_ID]", required=False)
@@ -47,6 +52,12 @@ from phoenix_ml.domain.errors import InvalidField, PhoenixError, ServerUnreachab
     type=click.Path(dir_okay=False, path_type=Path),
     help="File to write (.parquet, .csv): the rows with their answers.",
 )
+@click.option("--log", "is_logged", is_flag=True, help="Put the answers of --input on record.")
+@click.option(
+    "--entity-column",
+    metavar="COLUMN",
+    help="With --log, whom the rows are about; by default entity_id, where there is one.",
+)
 @url_option
 @data_option
 @json_option
@@ -59,6 +70,8 @@ def predict(
     model_version: str | None,
     source: Path | None,
     target: Path | None,
+    is_logged: bool,
+    entity_column: str | None,
     url: str,
     data: Path | None,
     as_json: bool,
@@ -72,8 +85,17 @@ def predict(
     if source is not None and target is not None:
         if entity_id is not None or given:
             raise click.UsageError("--input brings the features: leave out --entity and --feature")
-        score_file(model_id, model_version, source, target, data, as_json)
+        if target.exists() and source.exists() and target.samefile(source):
+            raise click.UsageError("--output is the file of --input: write to another one")
+        if entity_column is not None and not is_logged:
+            raise click.UsageError("--entity-column says what goes on record: it needs --log")
+        done = score_file(model_id, model_version, source, target, data, is_logged, entity_column)
+        show_scored(model_id, target, done, as_json)
         return
+    if is_logged or entity_column is not None:
+        raise click.UsageError(
+            "--log and --entity-column are for --input: a server's answer is always on record"
+        )
     body: dict[str, Any] = {"model_id": model_id}
     if entity_id is not None:
         body["entity_id"] = entity_id
@@ -94,33 +116,90 @@ def predict(
     )
 
 
-def score_file(
-    model_id: str, model_version: str | None, source: Path, target: Path, data: Path | None, as_json: bool
-) -> None:
-    """Writes the rows of a file with a version's answers. Nothing of it goes on record."""
-    from phoenix_ml.application.scoring import Scorer
-    from phoenix_ml.infrastructure.tables import extend_table
+class Scoring(msgspec.Struct):
+    """What came of scoring a file; ``on_record`` says how many rows are, and ``new_on_record`` how many were not before."""
 
-    rows = 0
+    rows: int
+    model_version: str
+    file: str
+    seconds: float
+    on_record: int | None = None
+    new_on_record: int | None = None
+
+
+def score_file(
+    model_id: str,
+    model_version: str | None,
+    source: Path,
+    target: Path,
+    data: Path | None,
+    is_logged: bool,
+    entity_column: str | None,
+) -> Scoring:
+    """Writes the rows of a file with a version's answers, which go on record if asked for."""
+    from phoenix_ml.application.scoring import RecordedScorer, Recorder, Scorer, choose_for_file
+    from phoenix_ml.domain.models import check_takes_rows
+    from phoenix_ml.infrastructure.tables import Extension, digest_file, extend_table
+
+    def make(names: Sequence[str]) -> Extension:
+        scorer = Scorer(engine, version.metadata, names, is_recorded=recorder is not None)
+        if recorder is None:
+            return scorer
+        if entity_column is not None and entity_column not in names:
+            raise InvalidField(
+                f"{source.name} has no column {entity_column!r}; it has {', '.join(names)}",
+                field="entity_column",
+            )
+        entity = entity_column or (ENTITY_COLUMN if ENTITY_COLUMN in names else None)
+        return RecordedScorer(scorer, recorder, entity)
+
     with (
         opened(data) as phoenix,
         Progress(*Progress.get_default_columns(), console=err, transient=True) as bar,
     ):
         version = watched_version(phoenix, model_id, model_version)
+        check_takes_rows(version.metadata)
         path = phoenix.artifacts.fetch(version.uri, version.sha256)
-        engine = phoenix.engines.load(path, version.metadata)
-        task = bar.add_task("scoring", total=1.0)
+        engine = phoenix.engines.load(path, version.metadata, version.framework)
+        task = bar.add_task("reading" if is_logged else "scoring", total=1.0)
+        recorder = None
+        rows_at_once, text_columns = SCORED_ROWS, []
+        if is_logged:
+            choice = choose_for_file(phoenix.registry, version, is_named=model_version is not None)
+            recorder = Recorder(phoenix.prediction_log, version, choice, digest_file(source))
+            rows_at_once, text_columns = RECORDED_ROWS, [entity_column or ENTITY_COLUMN]
+        rows = 0
         began_at = time.monotonic()
-        for done, share in extend_table(
-            source, target, lambda names: Scorer(engine, version.metadata, names)
-        ):
-            rows = done
-            bar.update(task, completed=share, description=f"scoring, {done:,} rows")
+        try:
+            for done, share in extend_table(
+                source, target, make, rows_at_once=rows_at_once, text_columns=text_columns
+            ):
+                rows = done
+                bar.update(task, completed=share, description=f"scoring, {done:,} rows")
+        except BaseException:
+            if recorder is not None and recorder.rows:
+                err.print(
+                    f"[yellow]{recorder.rows:,} rows are on record, and no output is written:[/] run the same command "
+                    "again, and the others follow",
+                    highlight=False,
+                )
+            raise
         seconds = time.monotonic() - began_at
+    scoring = Scoring(rows, version.version, str(target), seconds)
+    if recorder is not None:
+        scoring.on_record, scoring.new_on_record = recorder.rows, recorder.new_rows
+    return scoring
+
+
+def show_scored(model_id: str, target: Path, done: Scoring, as_json: bool) -> None:
     if as_json:
-        show_json({"rows": rows, "model_version": version.version, "file": str(target), "seconds": seconds})
+        show_json(done)
         return
-    click.echo(f"wrote {rows:,} rows with the answers of {model_id} {version.version} to {target}")
+    click.echo(f"wrote {done.rows:,} rows with the answers of {model_id} {done.model_version} to {target}")
+    if done.on_record is not None and done.new_on_record is not None:
+        known = done.on_record - done.new_on_record
+        before = f"; {known:,} were on record before" if known else ""
+        click.echo(f"{done.new_on_record:,} of them are new on record{before}")
 
 
 def counts(_: click.Context, parameter: click.Parameter, text: str) -> list[int]:

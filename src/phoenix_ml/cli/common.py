@@ -2,6 +2,7 @@
 
 import asyncio
 import getpass
+import inspect
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ def example(text: str) -> Callable[[T], T]:
     """Puts an example at the end of a command's help, as it is to be typed."""
 
     def add(command: T) -> T:
-        command.__doc__ = f"{command.__doc__}\n\n\b\nExample:\n  {text}"
+        command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n\b\nExample:\n  {text}"
         return command
 
     return add

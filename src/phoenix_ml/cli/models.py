@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -12,6 +14,7 @@ from rich.table import Table
 from phoenix_ml.cli.common import (
     actor,
     data_option,
+    err,
     example,
     json_option,
     main,
@@ -21,8 +24,11 @@ from phoenix_ml.cli.common import (
 )
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.features import FeatureRule
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, Task
+from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Stage, Task
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+
+if TYPE_CHECKING:
+    from phoenix_ml.infrastructure.formats.parity import Conversion
 
 STAGES = [stage.value for stage in Stage]
 STRATEGIES = [strategy.value for strategy in Strategy if strategy is not Strategy.PINNED]
@@ -34,7 +40,7 @@ def models() -> None:
 
 
 @models.command("register")
-@click.argument("artifact", metavar="PATH", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("artifact", metavar="PATH")
 @click.option("--id", "model_id", required=True, help="The model's name.")
 @click.option("--version", required=True, help="Semantic version, such as 1.0.0.")
 @click.option("--stage", type=click.Choice(STAGES), default="dev", show_default=True)
@@ -47,10 +53,31 @@ def models() -> None:
     help="Where the graph is unclear; 'tensors' takes it as it is, for /v2 alone.",
 )
 @click.option(
+    "--framework",
+    type=click.Choice([framework.value for framework in Framework]),
+    default=Framework.ONNX.value,
+    show_default=True,
+    help="tensorrt runs it by TensorRT where there is a GPU, else by ONNX Runtime.",
+)
+@click.option(
     "--reference", type=click.Path(path_type=Path), help="Training rows (.csv, .parquet) for the baseline."
 )
-@click.option("--time", help="The reference's column that orders its rows in time; it need be no feature.")
-@click.option("--outcome", help="The reference's column with the truth; it need be no feature.")
+@click.option("--time", help="The rows' column that orders them in time; it need be no feature.")
+@click.option("--outcome", help="The rows' column with the truth; it need be no feature.")
+@click.option(
+    "--sample",
+    type=click.Path(path_type=Path),
+    help="Rows (.csv, .parquet) that a model which is no ONNX must answer as before; else the reference.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    show_default=True,
+    help="How far its answers to the sample may move.",
+)
+@click.option("--trust", is_flag=True, help="Open a pickle, which runs whatever code it holds.")
+@click.option("--tracking-uri", help="Where MLflow keeps models:/… (MLFLOW_TRACKING_URI).")
 @click.option("--activate", is_flag=True, help="Let it answer requests at once.")
 @data_option
 @json_option
@@ -58,22 +85,32 @@ def models() -> None:
     "phoenix-ml models register model.onnx --id credit-risk --version 1.0.0 --reference train.parquet --activate"
 )
 def models_register(
-    artifact: Path,
+    artifact: str,
     model_id: str,
     version: str,
     stage: str,
     features: Path | None,
     task: str | None,
+    framework: str,
     reference: Path | None,
     time: str | None,
     outcome: str | None,
+    sample: Path | None,
+    tolerance: float,
+    trust: bool,
+    tracking_uri: str | None,
     activate: bool,
     data: Path | None,
     as_json: bool,
 ) -> None:
-    """Register an ONNX file as a version: stored, checked, loaded and run, over the reference if there is one."""
+    """Register a model as a version: stored, checked, loaded and run, over the reference if there is one.
+
+    PATH is an ONNX file; or a model of scikit-learn (.joblib, .pkl), XGBoost (.json, .ubj) or LightGBM (.txt), which
+    is converted to ONNX and must answer a sample as before; or one of MLflow: its folder, or models:/NAME@ALIAS.
+    """
     from phoenix_ml.application.catalogue import Reference, Registration, register
     from phoenix_ml.application.catalogue import activate as activate_version
+    from phoenix_ml.infrastructure.formats.convert import Wanted, check_trust, convert, needs_conversion
     from phoenix_ml.infrastructure.tables import read_columns
 
     contract: dict[str, FeatureRule] = {}
@@ -81,30 +118,76 @@ def models_register(
         from phoenix_ml.infrastructure.http.codec import decode_json
 
         contract = decode_json(features.read_bytes(), dict[str, FeatureRule])
-    if reference is None and (time or outcome):
-        raise click.UsageError("--time and --outcome name columns of --reference")
-    registration = Registration(model_id, version, Stage(stage), contract, task)
-    with opened(data) as phoenix:
+    if reference is None and sample is None and (time or outcome):
+        raise click.UsageError("--time and --outcome name columns of --reference or --sample")
+    conversion = None
+    with opened(data) as phoenix, TemporaryDirectory() as folder:
+        path = _locate(artifact, Path(folder), tracking_uri)
+        reference_columns = None if reference is None else read_columns(reference)
+        if needs_conversion(path):
+            sample_columns = reference_columns if sample is None else read_columns(sample)
+            if sample_columns is None:
+                raise click.UsageError(
+                    f"{path.name} is converted to ONNX: give --sample, with rows that it must answer as before"
+                )
+            if task is not None:
+                raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
+            if check_trust(path, trust):
+                _warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
+            left_out = [name for name in (time, outcome) if name is not None]
+            wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
+            path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
+            for note in conversion.notes:
+                _warn(note)
+        elif sample is not None or trust:
+            raise click.UsageError(
+                f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
+            )
         registered = register(
             phoenix.registry,
             phoenix.artifacts,
             phoenix.engines,
-            artifact,
-            registration,
+            path,
+            Registration(model_id, version, Stage(stage), contract, task, Framework(framework)),
             actor=actor(),
-            reference=None if reference is None else Reference(read_columns(reference), time, outcome),
+            reference=None if reference_columns is None else Reference(reference_columns, time, outcome),
         )
         if activate:
             registered = activate_version(
                 phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
             )
-    show_version(registered, as_json)
+    show_version(registered, as_json, conversion=conversion)
 
 
-def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False) -> None:
+def _locate(artifact: str, folder: Path, tracking_uri: str | None) -> Path:
+    """The model's file, fetched into the folder where MLflow has it."""
+    from phoenix_ml.infrastructure.formats import mlflow
+
+    if artifact.startswith(mlflow.SCHEME):
+        return mlflow.fetch(artifact, folder, tracking_uri)
+    path = Path(artifact)
+    if mlflow.is_folder(path):
+        return mlflow.find_file(path, folder)
+    if not path.exists():
+        raise click.BadParameter(f"there is no file {artifact!r}", param_hint="PATH")
+    if path.is_dir():
+        raise click.BadParameter(f"{artifact!r} is a folder, and has no MLmodel", param_hint="PATH")
+    return path
+
+
+def _warn(message: str) -> None:
+    err.print("[yellow]warning[/] ", end="")
+    err.print(message, markup=False, highlight=False)
+
+
+def show_version(
+    version: ModelVersion, as_json: bool, *, baseline: bool = False, conversion: "Conversion | None" = None
+) -> None:
     from phoenix_ml.application.reports import describe_version
 
     described = describe_version(version, baseline=baseline)
+    if as_json and conversion is not None:
+        described = described | {"conversion": conversion}
     if as_json:
         show_json(described)
         return
@@ -114,6 +197,14 @@ def show_version(version: ModelVersion, as_json: bool, *, baseline: bool = False
     console.print(
         f"[dim]{version.metadata.task}, {version.metadata.runtime}, sha256 {version.sha256[:16]}…[/]"
     )
+    if conversion is not None:
+        labels = conversion.labels_differing
+        differing = "" if labels is None else f", {labels} label{'' if labels == 1 else 's'} differ"
+        console.print(
+            f"[dim]converted from {conversion.source}: {conversion.rows} rows answered as before, "
+            f"largest difference {conversion.max_difference:.2g}{differing}[/]",
+            highlight=False,
+        )
     if version.metadata.task is Task.TENSORS:
         _show_tensors(version.metadata, console)
         return

@@ -200,6 +200,11 @@ def show_replay(replayed: "Replay") -> None:
         state = "[green]identical[/]" if value.identical else "[red]different[/]"
         table.add_row(name, escape(json.dumps(value.logged)), escape(json.dumps(value.computed)), state)
     print_wide(table)
+    if replayed.logged_device != replayed.device:
+        console.print(
+            f"answered on {replayed.logged_device}, computed now on {replayed.device}, which rounds differently",
+            highlight=False,
+        )
     if replayed.registered_runtime != replayed.runtime:
         console.print(
             f"registered with {replayed.registered_runtime}, computed now by {replayed.runtime}, which may round "

@@ -14,6 +14,7 @@ PhoenixError
 │   ├── TensorInvalid             tensor_invalid           a tensor of the wrong name, type, shape or length
 │   ├── TakesTensors              takes_tensors            the version's rows are no features: ask /v2
 │   ├── ModelRefused              model_refused            an artifact that does not load, or is unsafe
+│   ├── EngineUnavailable         engine_unavailable       an artifact for an engine that is not installed
 │   ├── RoutingInvalid            routing_invalid          arms that no strategy can follow
 │   └── InferenceFailed           inference_failed         the runtime refused these values
 ├── NotFound
@@ -106,6 +107,10 @@ class TakesTensors(InvalidRequest):
 
 class ModelRefused(InvalidRequest):
     code = "model_refused"
+
+
+class EngineUnavailable(InvalidRequest):
+    code = "engine_unavailable"
 
 
 class RoutingInvalid(InvalidRequest):

@@ -16,7 +16,7 @@ class PredictionMade(Struct, frozen=True, array_like=True, tag="prediction"):
     """One answer, with all that is needed to explain it or to compute it again.
 
     ``inputs`` are the engine's exact values (``RowFormat``), ``sources`` one letter a feature or one
-    letter for all. The row was number ``batch_position`` of ``batch_size`` that the engine ran at once.
+    letter for all. The row was number ``batch_position`` of ``batch_size`` that the engine ran at once, on ``device``.
     """
 
     id: str
@@ -40,6 +40,7 @@ class PredictionMade(Struct, frozen=True, array_like=True, tag="prediction"):
     batch_position: int
     shadow_of: str | None = None
     traceparent: str | None = None
+    device: str = "cpu"
 
 
 class PredictionsMade(Struct, frozen=True, array_like=True, tag="predictions"):
@@ -66,6 +67,7 @@ class PredictionsMade(Struct, frozen=True, array_like=True, tag="predictions"):
     latency_ms: float
     created_at_ms: int
     traceparent: str | None = None
+    device: str = "cpu"
 
     def rows(self) -> list[PredictionMade]:
         """One prediction a row, in order."""
@@ -97,6 +99,7 @@ class PredictionsMade(Struct, frozen=True, array_like=True, tag="predictions"):
                 i,
                 None,
                 self.traceparent,
+                self.device,
             )
             for i, prediction_id in enumerate(batch_ids(self.first_id, count))
         ]

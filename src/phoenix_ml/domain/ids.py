@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from hashlib import blake2b
 from itertools import count
 from typing import Final
 
@@ -75,3 +76,21 @@ def _format(made_ms: int, serial: int, process: str) -> str:
         f"{made_ms >> 16:08x}-{made_ms & 0xFFFF:04x}-7{serial >> 18:03x}-{0x8000 | serial >> 4 & 0x3FFF:04x}-"
         f"{serial & 0xF:x}{process}"
     )
+
+
+_NUMBER_BITS: Final = 42
+
+
+def row_ids(named: bytes, first: int, count: int) -> list[str]:
+    """The ids of numbered rows of what is named, the same whenever they are asked for: UUIDs of version 8 (RFC 9562).
+
+    80 bits tell the name and 42 the number, so that a table's rows lie side by side in an index.
+
+    >>> row_ids(b"a table", 1, 2)
+    ['32ae93ff-b31b-889b-8db5-0c0000000001', '32ae93ff-b31b-889b-8db5-0c0000000002']
+    """
+    digest = int.from_bytes(blake2b(named, digest_size=10).digest())
+    head = f"{digest >> 48:08x}-{digest >> 32 & 0xFFFF:04x}-8{digest >> 20 & 0xFFF:03x}"
+    tail = 1 << 63 | (digest & 0xFFFFF) << _NUMBER_BITS
+    texts = [f"{tail | number:016x}" for number in range(first, first + count)]
+    return [f"{head}-{text[:4]}-{text[4:]}" for text in texts]

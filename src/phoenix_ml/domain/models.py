@@ -184,12 +184,19 @@ def check_takes_rows(metadata: Metadata) -> None:
         )
 
 
+class Framework(StrEnum):
+    """What runs a version: ONNX Runtime's own kernels, or TensorRT where there is a GPU for it."""
+
+    ONNX = "onnx"
+    TENSORRT = "tensorrt"
+
+
 class ModelVersion(Struct, frozen=True):
     """One immutable artifact under a name, with the two things about it that may change."""
 
     model_id: str
     version: str
-    framework: str
+    framework: Framework
     uri: str
     sha256: str
     stage: Stage

@@ -163,6 +163,18 @@ class Rows:
         return len(self.packed)
 
 
+class Execution(Struct, frozen=True):
+    """How a run went: the ``device`` that answered, such as ``cpu``, ``cuda:0`` or ``tensorrt:0``, and how often a
+    device's memory was too small on the way.
+    """
+
+    device: str = "cpu"
+    out_of_memory: int = 0
+
+
+ON_CPU: Final = Execution()
+
+
 class Outputs(Struct):
     """What an engine answers for its rows, in their order.
 
@@ -173,3 +185,36 @@ class Outputs(Struct):
     results: list[Any]
     confidences: list[float] | None = None
     probabilities: list[list[float]] | None = None
+    execution: Execution = ON_CPU
+
+
+class ColumnOutputs(Struct):
+    """As ``Outputs``, but as arrays whose first dimension are the rows."""
+
+    results: NDArray[Any]
+    confidences: NDArray[Any] | None = None
+    probabilities: NDArray[Any] | None = None
+    execution: Execution = ON_CPU
+
+    @classmethod
+    def of(cls, outputs: Outputs) -> "ColumnOutputs":
+        return cls(
+            _as_array(outputs.results),
+            None if outputs.confidences is None else np.array(outputs.confidences, np.float64),
+            None if outputs.probabilities is None else np.array(outputs.probabilities, np.float64),
+            outputs.execution,
+        )
+
+    def listed(self) -> Outputs:
+        """The same as Python's own values."""
+        return Outputs(
+            self.results.tolist(),
+            None if self.confidences is None else self.confidences.tolist(),
+            None if self.probabilities is None else self.probabilities.tolist(),
+            self.execution,
+        )
+
+
+def _as_array(results: list[Any]) -> NDArray[Any]:
+    # Texts of a dtype of numpy's own are as wide as the longest, and lose a U+0000 at the end.
+    return np.array(results, object if results and isinstance(results[0], str) else None)

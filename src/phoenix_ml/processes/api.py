@@ -11,7 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -34,6 +34,7 @@ from phoenix_ml.infrastructure.http.calls import PredictionCalls
 from phoenix_ml.infrastructure.http.hot_lane import HotLane, Lane
 from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.http.origins import browser_check
+from phoenix_ml.infrastructure.memory import give_back_memory
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.logs import configure_logs
 from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # Kafka's library is an extra
 log = logging.getLogger(__name__)
 _GREETING_S = 1.0
 _STOP_PATIENCE_S = 1.0
+_DRAINED_S = 1.0
 
 
 async def serve(
@@ -123,6 +125,7 @@ async def serve(
         await inference.start()
 
     async def announce() -> None:
+        await _rehearse(app)
         if inference is not None:
             await inference.become_healthy()
         on_ready()
@@ -175,6 +178,7 @@ async def _follow_registry(
     """
     was_down = False
     loading: asyncio.Task[None] | None = None
+    dropped = live.dropped
     while True:
         told.clear()
         try:
@@ -188,10 +192,18 @@ async def _follow_registry(
         except Exception:
             log.exception("a look at the registry failed; the next one follows")
         looked.set()
+        if live.dropped != dropped:
+            dropped = live.dropped
+            # Requests in flight may have a version for a moment yet.
+            asyncio.get_running_loop().call_later(_DRAINED_S, _give_back_memory)
         if not live.is_complete and (loading is None or loading.done()):
             loading = asyncio.create_task(_load(live))
         with suppress(TimeoutError):
             await asyncio.wait_for(told.wait(), poll_s)
+
+
+def _give_back_memory() -> None:
+    asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
 
 async def _load(live: LiveModels) -> None:
@@ -233,6 +245,35 @@ async def _keep_journal(journal: JournalWriter, metrics: MetricsWriter, every_s:
             stored_bytes.set(journal.stored_bytes)
         except OSError as exc:
             log.error("the journal cannot be forced to disk: %s", exc)  # noqa: TRY400 - the reason says it all
+
+
+async def _rehearse(app: Callable[..., Awaitable[None]]) -> None:
+    """Makes a first request of the kind that takes a thread: what it imports and reads would hold up everybody else for
+    80 ms when somebody makes it under load. It asks nothing that could be down.
+    """
+    host = (b"host", b"localhost")
+    scope: Any = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/metrics",
+        "raw_path": b"/metrics",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [host],
+        "client": None,
+        "server": ("localhost", None),
+    }
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    await app(scope, receive, send)
 
 
 async def _announce(

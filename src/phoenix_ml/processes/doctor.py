@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from phoenix_ml.application.serving import load_version
 from phoenix_ml.bootstrap import Phoenix, bootstrap, open_artifacts, open_features, open_kafka
 from phoenix_ml.domain.errors import ModelLoadFailed, PhoenixError
 from phoenix_ml.infrastructure.cpu import cpu_limit
@@ -127,10 +128,15 @@ def _database(phoenix: Phoenix) -> str:
 def _models(phoenix: Phoenix) -> str:
     versions = phoenix.registry.list_versions()
     active = [version for version in versions if version.is_active]
+    displaced = []
     for version in active:
         try:
-            path = phoenix.artifacts.fetch(version.uri, version.sha256)
-            phoenix.engines.load(path, version.metadata)
+            placement = load_version(version, phoenix.artifacts, phoenix.engines).engine.placement
         except PhoenixError as exc:
             raise ModelLoadFailed(f"{version.model_id} {version.version}: {exc.message}") from exc
-    return f"{len(versions)} versions are registered, {len(active)} active, all of those load"
+        if placement.reason:
+            displaced.append(
+                f"{version.model_id} {version.version} on {placement.device} ({placement.reason})"
+            )
+    where = f"; not where they should run: {', '.join(displaced)}" if displaced else ""
+    return f"{len(versions)} versions are registered, {len(active)} active, all of those load{where}"

@@ -1,22 +1,38 @@
 """ONNX Runtime behind the ``Engine`` ports: tabular classifiers and regressors, and graphs of any shape."""
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence, Set
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import redirect_stdout
+from functools import cache
 from math import prod
 from operator import getitem
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from phoenix_ml.application.ports import ModelHints
-from phoenix_ml.domain.errors import InferenceFailed, ModelRefused, RowCountWrong
-from phoenix_ml.domain.models import Metadata, Signature, Task, TensorSpec
-from phoenix_ml.domain.rows import ElementType, Outputs, Rows
+from phoenix_ml.application.ports import Engine, ModelHints, Placement, TensorEngine
+from phoenix_ml.domain.errors import EngineUnavailable, InferenceFailed, ModelRefused, RowCountWrong
+from phoenix_ml.domain.models import Framework, Metadata, Signature, Task, TensorSpec
+from phoenix_ml.domain.rows import ON_CPU, ColumnOutputs, ElementType, Execution, Outputs, Rows
 from phoenix_ml.domain.tensors import DATATYPE_OF, Tensor
+from phoenix_ml.infrastructure.engines.gpu import (
+    CPU,
+    DeviceMemoryExhausted,
+    Devices,
+    Elsewhere,
+    Guard,
+    GuardedEngine,
+    GuardedGraph,
+    Target,
+    is_out_of_memory,
+)
+from phoenix_ml.infrastructure.engines.plan import is_plan, wrap_plan
 
 _ELEMENTS: Final = {"float": "float32", "double": "float64"}
 _DTYPES: Final[dict[ElementType, Any]] = {
@@ -30,6 +46,8 @@ _DTYPES: Final[dict[ElementType, Any]] = {
 _LABEL_TYPES: Final = {"int64", "int32", "string", "bool"}
 _FLOAT_TYPES: Final = {"float32", "float64"}
 _ZIPMAPS: Final = {"seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))"}
+
+_ADVICE: Final = "models of scikit-learn, XGBoost and LightGBM are converted by phoenix-ml models register, at the command line"
 
 # Beyond so many rows binding saves less than 5 %. So many bytes are kept for each version; from 256 KiB on
 # the copy into bound memory costs what binding saves.
@@ -60,8 +78,21 @@ _RUNTIME_ERRORS: Final[tuple[type[Exception], ...]] = (
 )
 
 
+G = TypeVar("G", bound="OnnxGraph")
+
+
+@cache
+def _find_cuda() -> None:
+    """Loads CUDA's libraries from where Python packages have brought them, if any have."""
+    with redirect_stdout(sys.stderr):  # it says what it does not find
+        ort.preload_dlls()
+
+
+_ON_CPU: Final = Placement()
+
+
 class OnnxEngines:
-    """Engines on the CPU. ``threads`` is ONNX Runtime's pool for one run.
+    """Engines on the devices that there are; without ``devices`` on the CPU. ``threads`` is ONNX Runtime's pool for one run.
 
     One thread is the default: a pool of its own spins between runs, which was measured at 10,400 µs of
     CPU for a call every 10 ms, against 71 with one thread.
@@ -69,19 +100,29 @@ class OnnxEngines:
 
     runtime = f"onnxruntime {ort.__version__}"
 
-    def __init__(self, threads: int = 1) -> None:
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        self._options.log_severity_level = 4
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # What a caller names a file decides nothing.
-        self._options.add_session_config_entry("session.load_model_format", "ONNX")
+    def __init__(
+        self,
+        threads: int = 1,
+        devices: Devices | None = None,
+        *,
+        new_session: Callable[..., ort.InferenceSession] = ort.InferenceSession,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._devices = devices
+        self._new_session = new_session
+        self._clock = clock
+        self._options = _new_options(threads)
+        self._gpu_options = _new_options(threads)
+        self._gpu_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if devices is not None:
+            # Else it says on standard error, by itself, what is missing for a GPU.
+            ort.set_default_logger_severity(4)
 
     def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
         try:
-            graph = _check_graph(artifact)
-            session = self._session(artifact)
+            has_plan = is_plan(artifact, hints.framework)
+            graph = _Graph((), frozenset()) if has_plan else _check_graph(artifact)
+            session = self._plan_session(artifact) if has_plan else self._session(artifact)
             signature = Signature(
                 tuple(_spec(node, graph.ranked) for node in session.get_inputs()),
                 tuple(_spec(node, graph.ranked) for node in session.get_outputs()),
@@ -130,18 +171,123 @@ class OnnxEngines:
             runtime=self.runtime,
         )
 
-    def load(self, artifact: Path, metadata: Metadata) -> "OnnxEngine":
-        return OnnxEngine(self._session(artifact), metadata)
+    def load(
+        self,
+        artifact: Path,
+        metadata: Metadata,
+        framework: Framework = Framework.ONNX,
+        *,
+        on_cpu: bool = False,
+    ) -> Engine:
+        placed = self._place(OnnxEngine, artifact, metadata, framework, on_cpu=on_cpu)
+        if isinstance(placed, OnnxEngine):
+            return placed
+        return GuardedEngine(placed, can_halve=metadata.row_independent)
 
-    def load_tensors(self, artifact: Path, metadata: Metadata) -> "OnnxGraph":
-        return OnnxGraph(self._session(artifact), metadata)
+    def load_tensors(
+        self,
+        artifact: Path,
+        metadata: Metadata,
+        framework: Framework = Framework.ONNX,
+        *,
+        on_cpu: bool = False,
+    ) -> TensorEngine:
+        placed = self._place(OnnxGraph, artifact, metadata, framework, on_cpu=on_cpu)
+        return placed if isinstance(placed, OnnxGraph) else GuardedGraph(placed)
+
+    def _place(
+        self,
+        make: Callable[[ort.InferenceSession, Metadata, Placement], G],
+        artifact: Path,
+        metadata: Metadata,
+        framework: Framework,
+        *,
+        on_cpu: bool,
+    ) -> G | Guard[G]:
+        """The engine on the best device that takes the model, guarded where it is a GPU."""
+        has_plan = is_plan(artifact, framework)
+        targets: list[Target] = []
+        reason = ""
+        if has_plan or not on_cpu:
+            targets, reason = self._choose(framework, artifact, metadata)
+        for target in targets:
+
+            def load_gpu(target: Target = target) -> G:
+                session = self._gpu_session(artifact, framework, target)
+                return make(session, metadata, Placement(target.device))
+
+            gpu = None
+            try:
+                gpu = load_gpu()
+            except Elsewhere as exc:
+                reason = reason or str(exc)
+                continue
+            except DeviceMemoryExhausted:
+                if has_plan:
+                    raise
+            cpu = None if has_plan else make(self._session(artifact), metadata, Placement())
+            return Guard(target.device, cpu, gpu, load_gpu, reason=reason, clock=self._clock)
+        if has_plan:
+            raise EngineUnavailable(f"only TensorRT could run the model: {reason}", framework=framework.value)
+        return make(self._session(artifact), metadata, Placement(reason=reason))
+
+    def _choose(
+        self, framework: Framework, artifact: Path, metadata: Metadata | None
+    ) -> tuple[list[Target], str]:
+        if self._devices is None:
+            return [], ""
+        takes_rows = metadata is not None and metadata.task is not Task.TENSORS
+        inputs = metadata.signature.inputs if metadata is not None and takes_rows else ()
+        return self._devices.choose(framework, artifact, inputs)
+
+    def _gpu_session(self, artifact: Path, framework: Framework, target: Target) -> ort.InferenceSession:
+        """Raises Elsewhere when ONNX Runtime cannot start the device, or leaves all of the model to the CPU, and
+        DeviceMemoryExhausted.
+        """
+        _find_cuda()
+        model = wrap_plan(artifact) if is_plan(artifact, framework) else str(artifact)
+        names = [name for name, _ in target.providers]
+        try:
+            session = self._new_session(
+                model,
+                sess_options=self._gpu_options,
+                providers=[*target.providers, CPU],
+                enable_fallback=0,
+            )
+        except _RUNTIME_ERRORS as exc:
+            if is_out_of_memory(exc):
+                raise DeviceMemoryExhausted(f"{target.device} has no memory for the model: {exc}") from exc
+            raise Elsewhere(f"ONNX Runtime cannot use {target.device}: {_first_line(exc)}") from exc
+        if session.get_providers()[0] != names[0]:
+            raise Elsewhere(
+                f"{names[0]} does not start: its libraries, or the GPU's driver, are missing or do not fit"
+            )
+        used = {assigned.ep_name for assigned in session.get_provider_graph_assignment_info()}
+        if used == {CPU}:
+            # Trees, for one. Only who asked for TensorRT misses something then.
+            said = f"none of the model's operators runs on {target.device}"
+            raise Elsewhere(said if framework is Framework.TENSORRT else "")
+        return session
+
+    def _plan_session(self, artifact: Path) -> ort.InferenceSession:
+        """A session of an engine that TensorRT has built. Raises EngineUnavailable, and ModelRefused."""
+        wrap_plan(artifact)  # says what is missing where TensorRT is
+        targets, reason = self._choose(Framework.TENSORRT, artifact, None)
+        try:
+            if targets:
+                return self._gpu_session(artifact, Framework.TENSORRT, targets[0])
+        except (Elsewhere, DeviceMemoryExhausted) as exc:
+            reason = str(exc)
+        raise EngineUnavailable(
+            f"only TensorRT could run the model: {reason}", framework=Framework.TENSORRT.value
+        )
 
     def _session(self, artifact: Path) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(
+            return self._new_session(
                 str(artifact),
                 sess_options=self._options,
-                providers=["CPUExecutionProvider"],
+                providers=[CPU],
                 enable_fallback=0,  # which would print to standard output and try the same again
             )
         except _RUNTIME_ERRORS as exc:
@@ -149,6 +295,17 @@ class OnnxEngines:
                 f"ONNX Runtime cannot load the model: {str(exc).replace(str(artifact), artifact.name)}",
                 framework="onnx",
             ) from exc
+
+
+def _new_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # What a caller names a file decides nothing.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
 
 
 class _Bound(NamedTuple):
@@ -170,7 +327,11 @@ class _Memory(NamedTuple):
 class OnnxGraph:
     """One session, from tensors to tensors. See ``TensorEngine`` for the contract."""
 
-    def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, metadata: Metadata, placement: Placement = _ON_CPU
+    ) -> None:
+        self.placement = placement
+        self._execution = Execution(placement.device)
         self._session = session
         self._run_options = ort.RunOptions()
         signature = metadata.signature
@@ -179,8 +340,8 @@ class OnnxGraph:
         self._has_bfloat16 = any(spec.type == "bfloat16" for spec in (*signature.inputs, *signature.outputs))
         self._class_labels: list[str | int] = list(metadata.class_labels)
 
-    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        return self._as_tensors(outputs, self._run_tensors(inputs, outputs))
+    def infer(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[list[Tensor], Execution]:
+        return self._as_tensors(outputs, self._run_tensors(inputs, outputs)), self._execution
 
     def _run_tensors(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Any]:
         try:
@@ -189,7 +350,7 @@ class OnnxGraph:
             feeds = {name: tensor.array for name, tensor in inputs.items()}
             answered: list[Any] = self._session._sess.run(outputs, feeds, self._run_options)
         except _RUNTIME_ERRORS as exc:
-            raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
+            raise _refusal(exc) from exc
         return answered
 
     def _run_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Any]:
@@ -241,8 +402,10 @@ class OnnxEngine(OnnxGraph):
     Neither the arena nor the memory pattern made a difference.
     """
 
-    def __init__(self, session: ort.InferenceSession, metadata: Metadata) -> None:
-        super().__init__(session, metadata)
+    def __init__(
+        self, session: ort.InferenceSession, metadata: Metadata, placement: Placement = _ON_CPU
+    ) -> None:
+        super().__init__(session, metadata, placement)
         self._task = metadata.task
         self._labels = self._class_labels
         self._column_of = {label: i for i, label in enumerate(self._labels)}.__getitem__
@@ -262,7 +425,7 @@ class OnnxEngine(OnnxGraph):
         # Memory that no run uses now; taking and giving back are atomic, so no two threads have the same.
         self._idle: list[_Memory] = []
         self._bound_rows = 0
-        if self._packed_input is not None:
+        if self._packed_input is not None and placement.device == ON_CPU.device:
             _, width, _, dtype = self._inputs[0]
             self._bound_rows = min(_BOUND_ROWS, _BOUND_BYTES // (width * dtype.itemsize))
         self._run_bound = session._sess.run_with_iobinding
@@ -307,7 +470,7 @@ class OnnxEngine(OnnxGraph):
                 self._bound_rows = 0
         return self._answer(flat)
 
-    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> Outputs:
+    def run_columns(self, columns: Mapping[str, NDArray[Any]], count: int) -> ColumnOutputs:
         arrays = list(columns.values())
         feeds = {}
         for spec, width, start, _ in self._inputs:
@@ -318,7 +481,7 @@ class OnnxEngine(OnnxGraph):
             else:
                 feeds[spec.name] = np.stack(arrays[start : start + width], axis=1)
         _, flat = self._run_feeds(feeds, count)
-        return self._answer(flat)
+        return self._answer_columns(flat)
 
     def infer_rows(
         self, inputs: Mapping[str, Tensor], outputs: Sequence[str], count: int
@@ -334,7 +497,7 @@ class OnnxEngine(OnnxGraph):
         try:
             outputs = self._session._sess.run(self._wanted, feeds, self._run_options)
         except _RUNTIME_ERRORS as exc:
-            raise InferenceFailed(f"ONNX Runtime refused the values: {exc}") from exc
+            raise _refusal(exc) from exc
         return outputs, self._check_count(outputs, count)
 
     def _check_count(self, outputs: Sequence[Any], count: int) -> list[Any]:
@@ -373,7 +536,7 @@ class OnnxEngine(OnnxGraph):
 
     def _answer(self, outputs: Sequence[Any]) -> Outputs:
         if not self._has_scores or self._task is Task.REGRESSION:
-            return Outputs(outputs[0].tolist())
+            return Outputs(outputs[0].tolist(), execution=self._execution)
         probabilities = _probability_rows(outputs[-1], self._labels)
         if self._has_label:
             results = outputs[0].tolist()
@@ -381,7 +544,7 @@ class OnnxEngine(OnnxGraph):
             best = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
             results = [self._labels[i] if self._labels else i for i in best]
         if not self._labels:
-            return Outputs(results, list(map(max, probabilities)), probabilities)
+            return Outputs(results, list(map(max, probabilities)), probabilities, self._execution)
         try:
             # In a comprehension 0.4 µs more for one row, 1.7 for 64.
             confidences = list(map(getitem, probabilities, map(self._column_of, results)))
@@ -391,7 +554,31 @@ class OnnxEngine(OnnxGraph):
                 row[self._column_of(r)] if r in known else max(row)
                 for row, r in zip(probabilities, results, strict=True)
             ]
-        return Outputs(results, confidences, probabilities)
+        return Outputs(results, confidences, probabilities, self._execution)
+
+    def _answer_columns(self, outputs: Sequence[Any]) -> ColumnOutputs:
+        """As ``_answer``, without a Python object for each number where the outputs allow it."""
+        scores = outputs[-1]
+        if not self._has_scores or self._task is Task.REGRESSION:
+            return ColumnOutputs(outputs[0], execution=self._execution)
+        labels = self._labels
+        is_plain = isinstance(scores, np.ndarray) and scores.ndim == 2 and scores.shape[1] > 0
+        if not is_plain or (labels and scores.shape[1] != len(labels)) or np.isnan(scores).any():
+            return ColumnOutputs.of(self._answer(outputs))
+        if not labels:
+            results = outputs[0] if self._has_label else scores.argmax(axis=1)
+            return ColumnOutputs(results, scores.max(axis=1), scores, self._execution)
+        if not self._has_label:
+            best = scores.argmax(axis=1)
+            results = np.array(labels, object if isinstance(labels[0], str) else None)[best]
+        else:
+            results = outputs[0]
+            try:
+                best = np.fromiter(map(self._column_of, results.tolist()), np.intp, len(results))
+            except KeyError:  # a label that the graph does not name
+                return ColumnOutputs.of(self._answer(outputs))
+        confidences = np.take_along_axis(scores, best[:, None], axis=1)[:, 0]
+        return ColumnOutputs(results, confidences, scores, self._execution)
 
     def _feeds(self, rows: Rows) -> Mapping[str, NDArray[Any]]:
         count = len(rows)
@@ -408,6 +595,16 @@ class OnnxEngine(OnnxGraph):
             else:
                 feeds[spec.name] = np.array([row[start : start + width] for row in rows.values], dtype)
         return feeds
+
+
+def _refusal(exc: Exception) -> InferenceFailed:
+    if is_out_of_memory(exc):
+        return DeviceMemoryExhausted(f"there is no memory for the run: {exc}")
+    return InferenceFailed(f"ONNX Runtime refused the values: {exc}")
+
+
+def _first_line(exc: Exception) -> str:
+    return next(iter(str(exc).strip().splitlines()), type(exc).__name__)
 
 
 def _is_bindable(output: Any, count: int) -> bool:
@@ -503,9 +700,9 @@ def _check_graph(artifact: Path) -> _Graph:
     try:
         model = onnx.load(str(artifact), "protobuf", load_external_data=False)
     except DecodeError as exc:
-        raise ModelRefused(f"the file is not an ONNX model: {exc}", framework="onnx") from exc
+        raise ModelRefused(f"the file is not an ONNX model: {exc}; {_ADVICE}", framework="onnx") from exc
     if not model.graph.node:
-        raise ModelRefused("the file is not an ONNX model: it has no graph", framework="onnx")
+        raise ModelRefused(f"the file is not an ONNX model: it has no graph; {_ADVICE}", framework="onnx")
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise ModelRefused(

@@ -20,7 +20,7 @@ from phoenix_ml.application.ports import RecordedEvent, UnreadableEvent
 from phoenix_ml.domain.events import Event, PredictionMade
 from phoenix_ml.domain.rows import Column, ElementType, RowFormat
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 CONTENT_TYPE: Final = b"application/msgpack"
 
 Headers = list[tuple[str, bytes]]
@@ -33,6 +33,10 @@ _ID_BYTES: Final = 36
 _NIL: Final = b"\xc0"
 _TRACEPARENT_BYTES: Final = 55
 _TRACEPARENT_TAG: Final = b"\xd9\x37"
+# 23 fields, the tag among them, of which the last is the device: a text of up to 31 letters of ASCII.
+_VERSION_3: Final = b"\xdc\x00\x17"
+_CPU: Final = b"\xa3cpu"
+_DEVICE: Final = re.compile(rb"[\xa0-\xbf][ -~]*\Z")
 _MILLISECONDS: Final = [b".%03dZ" % milliseconds for milliseconds in range(1000)]
 _DATA_SCHEMA: Final = re.compile(rb"urn:phoenix-ml:(?:prediction-made|outcome-reported):(\d{1,6})")
 
@@ -80,8 +84,12 @@ def encode_record(payload: bytes, schema: bytes) -> Message:
         headers = [*constant, ("ce_id", event_id), ("ce_time", _time_of(event_id))]
     except (LookupError, msgspec.DecodeError) as exc:
         raise ValueError(f"not an event, or one whose schema lacks its version: {exc!r}") from exc
-    if payload[-1:] != _NIL and payload[-_TRACEPARENT_BYTES - 2 : -_TRACEPARENT_BYTES] == _TRACEPARENT_TAG:
-        headers.append(("traceparent", payload[-_TRACEPARENT_BYTES:]))
+    end = len(payload)
+    if payload[:start] == _VERSION_3:  # the device comes after it
+        end -= len(_CPU) if payload.endswith(_CPU) else len(_DEVICE.findall(payload)[0])
+    trace_at = end - _TRACEPARENT_BYTES
+    if payload[end - 1 : end] != _NIL and payload[trace_at - 2 : trace_at] == _TRACEPARENT_TAG:
+        headers.append(("traceparent", payload[trace_at:end]))
     return Message(key, b"\x92" + payload + columns, headers)
 
 

@@ -333,6 +333,6 @@ def _write_answer(answer: Inferred, with_all_ids: bool) -> pb.ModelInferResponse
     for name, value in answer_parameters(answer, with_all_ids).items():
         written.parameters[name].string_param = value
     for name, tensor in answer.outputs:
-        written.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.array.shape)
+        written.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
         written.raw_output_contents.append(encode_raw(tensor))
     return written

@@ -166,6 +166,7 @@ def explored_app(
         """What each dependency says. 503 only when predictions cannot be answered at all."""
         checks = {
             "models": _models_state(live),
+            "devices": _devices_state(live),
             "journal": await run_in_threadpool(journal_state),
             "features": await _features_state(features),
             "database": await database_probe.state(),
@@ -173,8 +174,13 @@ def explored_app(
         }
         able = live.is_ready and (checks["journal"] == "ok" or goes_on_when_full)
         status = "unavailable" if not able else "ok" if set(checks.values()) == {"ok"} else "degraded"
-        failed = live.failures()
-        return answer({"status": status, "checks": checks, "models_failed": failed}, 200 if able else 503)
+        described = {
+            "status": status,
+            "checks": checks,
+            "models_failed": live.failures(),
+            "models_displaced": live.displaced(),
+        }
+        return answer(described, 200 if able else 503)
 
     @app.get("/metrics", tags=["operations"])
     def metrics(request: Request) -> Response:
@@ -303,6 +309,11 @@ def _models_state(live: LiveModels) -> str:
         return "the registry was not read yet"
     failed = live.failures()
     return "ok" if not failed else f"{len(failed)} active versions do not load: {', '.join(sorted(failed))}"
+
+
+def _devices_state(live: LiveModels) -> str:
+    displaced = live.displaced()
+    return "ok" if not displaced else f"not where they should run: {', '.join(sorted(displaced))}"
 
 
 async def _features_state(features: FeatureStore) -> str:

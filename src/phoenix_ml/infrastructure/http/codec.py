@@ -80,6 +80,7 @@ class AnswerBody(msgspec.Struct, gc=False):
     role: str
     feature_sources: str | dict[str, str]
     latency_ms: float
+    device: str
 
 
 def describe_answer(answer: Answer) -> AnswerBody:
@@ -95,6 +96,7 @@ def describe_answer(answer: Answer) -> AnswerBody:
         event.role,
         describe_sources(event.sources, answer.feature_names),
         event.latency_ms,
+        event.device,
     )
 
 

@@ -170,6 +170,7 @@ class SqlPredictionLog:
                 "probability": event.probability,
                 "routing_key": event.routing_key,
                 "shadow_of": event.shadow_of,
+                "device": event.device,
             },
             "feature_sources": describe_sources(event.sources, row_format.names),
             "sha256": event.sha256,

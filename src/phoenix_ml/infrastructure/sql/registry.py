@@ -19,7 +19,14 @@ from phoenix_ml.domain.errors import (
 )
 from phoenix_ml.domain.events import ModelChanged
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.domain.models import Metadata, ModelVersion, Stage, check_promotion, version_precedence
+from phoenix_ml.domain.models import (
+    Framework,
+    Metadata,
+    ModelVersion,
+    Stage,
+    check_promotion,
+    version_precedence,
+)
 from phoenix_ml.domain.routing import Routing
 from phoenix_ml.infrastructure.sql.database import Database, next_value, refusing_values
 from phoenix_ml.infrastructure.sql.schema import REGISTRY_REVISION, audit_log, counters, models, routing
@@ -210,7 +217,7 @@ def _version(row: Row[Any]) -> ModelVersion:
     return ModelVersion(
         model_id=row.id,
         version=row.version,
-        framework=row.framework,
+        framework=Framework(row.framework),
         uri=row.uri,
         sha256=row.sha256,
         stage=Stage(row.stage),

@@ -29,8 +29,13 @@ FEATURE_CACHE_READS = Counter(
 )
 INFERENCE_SECONDS = Histogram(
     "phoenix_inference_seconds",
-    "Time of one engine run, of one row or of many.",
-    ("model", "version"),
+    "Time of one engine run, of one row or of many, by the device that answered.",
+    ("model", "version", "device"),
+)
+OUT_OF_MEMORY = Counter(
+    "phoenix_device_out_of_memory_total",
+    "How often a GPU's memory was too small for a version, by phase: load or run.",
+    ("model", "version", "phase"),
 )
 FEATURE_VALUES = Counter(
     "phoenix_feature_values_total",

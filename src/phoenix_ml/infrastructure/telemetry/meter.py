@@ -6,6 +6,7 @@ from array import array
 from phoenix_ml.domain.events import PredictionMade, PredictionsMade
 from phoenix_ml.domain.features import SOURCE_OF_LETTER
 from phoenix_ml.domain.models import ModelVersion
+from phoenix_ml.domain.rows import Execution
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import (
     BoundCounter,
@@ -28,7 +29,7 @@ class MetricsMeter:
         self._has_complained = False
         self._predictions: dict[tuple[str, str, str, str, str], tuple[BoundCounter, BoundCounter | None]] = {}
         self._requests: dict[tuple[str, str, str, int], tuple[BoundCounter, BoundHistogram]] = {}
-        self._inference: dict[tuple[str, str], BoundHistogram] = {}
+        self._inference: dict[tuple[str, str, str], BoundHistogram] = {}
         self._feature_read: dict[str, BoundHistogram] = {}
         self._sources: dict[tuple[str, str], BoundCounter] = {}
 
@@ -54,13 +55,19 @@ class MetricsMeter:
             self._has_complained = True
             log.error("some metrics of this process are not counted until it is started again: %s", exc)
 
-    def ran(self, version: ModelVersion, inference_s: float) -> None:
-        inference = self._inference.get((version.model_id, version.version))
+    def ran(self, version: ModelVersion, inference_s: float, execution: Execution) -> None:
+        key = version.model_id, version.version, execution.device
+        inference = self._inference.get(key)
         if inference is None:
-            inference = self._inference[version.model_id, version.version] = self._histogram(
-                catalogue.INFERENCE_SECONDS, model=version.model_id, version=version.version
+            inference = self._inference[key] = self._histogram(
+                catalogue.INFERENCE_SECONDS,
+                model=version.model_id,
+                version=version.version,
+                device=execution.device,
             )
         inference.observe(inference_s)
+        if execution.out_of_memory:
+            self.out_of_memory(version.model_id, version.version, "run", execution.out_of_memory)
 
     def answered(self, event: PredictionMade, feature_count: int, feature_read_s: float | None) -> None:
         model, version = event.model_id, event.model_version
@@ -138,6 +145,9 @@ class MetricsMeter:
     def load_failed(self, model_id: str, version: str) -> None:
         labels = {"model": model_id, "version": version}
         self._counter(catalogue.MODEL_LOADS, **labels, outcome="failed").add()
+
+    def out_of_memory(self, model_id: str, version: str, phase: str, times: int = 1) -> None:
+        self._counter(catalogue.OUT_OF_MEMORY, model=model_id, version=version, phase=phase).add(times)
 
     def _source(self, model: str, letter: str) -> BoundCounter:
         counter = self._sources.get((model, letter))
