@@ -131,6 +131,13 @@ def write_model(path: Path, features: int = 30, trees: int = 100) -> Path:
     return path
 
 
+def write_network(path: Path, features: int, hidden: int) -> Path:
+    """A classifier with one hidden layer of that many units, as an ONNX file."""
+    import onnx_models
+
+    return onnx_models.write(path, onnx_models.network_classifier(features, hidden=hidden))
+
+
 def rows_of(count: int, features: int) -> list[list[float]]:
     random = np.random.default_rng(8)
     rows: list[list[float]] = random.normal(size=(count, features)).round(4).tolist()

@@ -34,7 +34,7 @@ from phoenix_ml.application.ports import FeatureStore
 from phoenix_ml.application.predict import Answer, Predict
 from phoenix_ml.bootstrap import bootstrap, bootstrap_predict
 from phoenix_ml.domain.events import PredictionMade
-from phoenix_ml.domain.rows import Rows
+from phoenix_ml.domain.rows import ON_CPU, Rows
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.features.cache import CachedFeatures
 from phoenix_ml.infrastructure.features.redis import RedisFeatures
@@ -127,7 +127,7 @@ async def steps_of(bench: Bench) -> tuple[dict[str, Step], dict[str, AsyncStep]]
 
     def count(number: int) -> None:
         event = events[number % 100]
-        meter.ran(served.version, 1e-5)
+        meter.ran(served.version, 1e-5, ON_CPU)
         meter.answered(event, FEATURES, 1e-5)
         meter.requested(event.model_id, event.model_version, event.role, 200, 1e-4)
 

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,15 +76,17 @@ class Grpc(NamedTuple):
     """What perf_analyzer has seen of a server, and what the server's processes took."""
 
     per_second: float
-    cpu_us: float
+    cpu_share: float
 
 
-def measure_grpc(port: int, pids: list[int], concurrency: int, requests: int, folder: Path) -> Grpc:
+def measure_grpc(port: int, pids: list[int], concurrency: int, folder: Path) -> Grpc:
     analyzer = perf_analyzer()
     report = folder / "report.csv"
     command = [str(analyzer.program), "-m", MODEL, "-i", "grpc", "-u", f"127.0.0.1:{port}"]
-    command += ["--concurrency-range", str(concurrency), "--request-count", str(requests), "-f", str(report)]
-    before = sum(map(cpu_seconds, pids))
+    # Windows of time: with --request-count it counts by whole seconds, and 1,001 ms are two.
+    command += ["--concurrency-range", str(concurrency), "-f", str(report), "--measurement-interval", "1500"]
+    command += ["--stability-percentage", "999", "--max-trials", "3"]
+    before, began_at = sum(map(cpu_seconds, pids)), time.monotonic()
     done = subprocess.run(
         command,
         env=analyzer.environment,
@@ -95,8 +98,8 @@ def measure_grpc(port: int, pids: list[int], concurrency: int, requests: int, fo
     )
     if done.returncode or "error" in done.stdout.lower():
         raise SystemExit(f"perf_analyzer: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    cpu_us = (sum(map(cpu_seconds, pids)) - before) / requests * 1e6
-    return Grpc(float(report.read_text().splitlines()[1].split(",")[1]), cpu_us)
+    share = (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began_at)
+    return Grpc(float(report.read_text().splitlines()[1].split(",")[1]), share)
 
 
 def answers_of(port: int, row: list[float]) -> dict[str, str]:
@@ -161,14 +164,18 @@ def report(title: str, rounds: list[dict[str, Measured]]) -> None:
 
 def report_grpc(concurrency: int, rounds: list[tuple[Grpc, Grpc]]) -> None:
     table = Table(
-        "case", "requests/s", "× echo", "server's CPU µs/request", title=f"gRPC, {concurrency} at a time"
+        "case",
+        "requests/s",
+        "× echo",
+        "server's share of a processor",
+        title=f"gRPC, {concurrency} at a time",
     )
     for place, name in ((0, "grpc.aio echo"), (1, "ours, one row")):
         table.add_row(
             name,
             f"{statistics.median(both[place].per_second for both in rounds):,.0f}",
             f"{statistics.median(both[place].per_second / both[0].per_second for both in rounds):.2f}",
-            f"{statistics.median(both[place].cpu_us for both in rounds):.0f}",
+            f"{statistics.median(both[place].cpu_share for both in rounds):.2f}",
         )
     Console(width=130).print(table)
 
@@ -246,10 +253,9 @@ def main() -> None:
         for concurrency in (1, 16):
             pairs = []
             for number in range(options.rounds + 1):
-                requests = 2000 * (1 if concurrency == 1 else 4)
                 pair = (
-                    measure_grpc(grpc_echo_port, [grpc_echo.pid], concurrency, requests, folder),
-                    measure_grpc(server.settings.grpc_port, pids, concurrency, requests, folder),
+                    measure_grpc(grpc_echo_port, [grpc_echo.pid], concurrency, folder),
+                    measure_grpc(server.settings.grpc_port, pids, concurrency, folder),
                 )
                 if number:
                     pairs.append(pair)
