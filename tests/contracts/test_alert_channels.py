@@ -170,7 +170,7 @@ def test_kafka_has_alerts_and_requests_to_retrain_on_topics_of_their_own(kafka_u
         told.tell(alert)
         told.tell(request)
 
-    found = [*read(kafka, MODEL_ALERTS, 1), *read(kafka, RETRAIN_REQUESTS, 1)]
+    found = [*read(kafka, MODEL_ALERTS, alert.id), *read(kafka, RETRAIN_REQUESTS, request.id)]
 
     assert found == [
         (b"risk", alert.payload, b"phoenix-ml.model-alerted", alert.id.encode()),
@@ -178,25 +178,23 @@ def test_kafka_has_alerts_and_requests_to_retrain_on_topics_of_their_own(kafka_u
     ]
 
 
-def read(kafka: Kafka, topic: str, count: int) -> list[tuple[Any, Any, Any, Any]]:
-    """The first messages: key, value, type and id."""
+def read(kafka: Kafka, topic: str, last_id: str) -> list[tuple[Any, Any, Any, Any]]:
+    """The messages up to that one: key, value, type and id."""
     consumer: Consumer = kafka.consumer(f"test-{topic}")
     consumer.subscribe([kafka.full_name(topic)])
-    found: list[Any] = []
+    found: list[tuple[Any, Any, Any, Any]] = []
 
     def has_all() -> bool:
         message = consumer.poll(0.2)
         if message is not None and message.error() is None:
-            found.append(message)
-        return len(found) == count
+            headers = dict(message.headers() or ())
+            value = json.loads(message.value() or b"")
+            found.append((message.key(), value, headers["ce_type"], headers["ce_id"]))
+        return bool(found) and found[-1][3] == last_id.encode()
 
-    wait_until(has_all, 30, f"{count} messages on {topic}")
+    wait_until(has_all, 30, f"{last_id} on {topic}")
     consumer.close()
-    read = []
-    for message in found:
-        headers = dict(message.headers())
-        read.append((message.key(), json.loads(message.value()), headers["ce_type"], headers["ce_id"]))
-    return read
+    return found
 
 
 def test_a_kafka_that_is_down_is_a_failure_within_seconds() -> None:
@@ -208,23 +206,28 @@ def test_a_kafka_that_is_down_is_a_failure_within_seconds() -> None:
             told.tell(delivery())
 
 
-def test_an_alert_that_waited_for_kafka_arrives_once(kafka_server: KafkaServer, kafka_url: str) -> None:
-    """Attempts that failed must not arrive as well, each as a message of its own, when Kafka is back."""
+def test_attempts_that_failed_do_not_arrive_when_kafka_is_back(
+    kafka_server: KafkaServer, kafka_url: str
+) -> None:
+    """An outage of a day is hundreds of attempts: people must not be told once for each of them."""
     kafka = Kafka(kafka_url, partitions=1)
     kafka.create_topics()
-    waited, after = delivery(), delivery()
-    with closing(KafkaChannel(kafka, timeout_s=1.0)) as told:
+    probe, waited, after = delivery(), delivery(), delivery()
+    with closing(KafkaChannel(kafka, timeout_s=5.0)) as told, closing(KafkaChannel(kafka)) as another:
         kafka_server.kill()
-        for _ in range(3):
+        for _ in range(2):
             with pytest.raises(DeliveryFailed):
                 told.tell(waited)
         kafka_server.start()
-        wait_until(lambda: is_told(told, waited), 60, "Kafka takes it")
-        wait_until(lambda: is_told(told, after), 60, "Kafka takes it")
+        # A broker that has just started may take a message and acknowledge it too late: that attempt would arrive
+        # as well, rightly. So somebody else waits until it acknowledges.
+        wait_until(lambda: is_told(another, probe), 90, "Kafka takes it")
+        told.tell(waited)
+        told.tell(after)
 
-    first, second = read(kafka, MODEL_ALERTS, 2)
+    ids = [found[3].decode() for found in read(kafka, MODEL_ALERTS, after.id)]
 
-    assert [first[3], second[3]] == [waited.id.encode(), after.id.encode()]
+    assert [one for one in ids if one != probe.id] == [waited.id, after.id]
 
 
 def is_told(channel: Channel, delivery: Delivery) -> bool:
