@@ -55,14 +55,14 @@ def drift_check(
     as_json: bool,
 ) -> None:
     """Compare a version's newest predictions with its reference, now. Opens no incident."""
-    from phoenix_ml.application.monitoring import describe_drift
+    from phoenix_ml.application.comparison import compare_with_reference
     from phoenix_ml.infrastructure.console.drift_page import drift_page
 
     with opened(data) as phoenix:
         version = watched_version(phoenix, model_id, model_version)
         settings = phoenix.monitoring.settings(model_id)
         newest = phoenix.monitoring.latest(model_id, version.version, rows or settings.batch_rows)
-        report = describe_drift(phoenix.artifacts, version, newest, settings)
+        report = compare_with_reference(phoenix.artifacts, version, newest, settings)
     name = f"{model_id} {version.version}"
     if report is None:
         raise NoBaseline(

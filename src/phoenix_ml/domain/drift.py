@@ -5,6 +5,8 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from phoenix_ml.domain.baselines import RESULT, SCORE
+
 Rule = Literal["ks", "ad", "level", "chi2", "missing", "constant", "classic"]
 
 # How far the scores must move, as a Kolmogorov-Smirnov distance, to be evidence that the model suffers.
@@ -42,6 +44,17 @@ class FeatureAlarm(Struct, frozen=True):
     design_effect: float = 1.0
     is_advisory: bool = False
 
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        name = {SCORE: "the model's scores", RESULT: "the model's answers"}.get(self.feature, self.feature)
+        if self.rule == "missing":
+            return f"{name}: missing values changed by {self.distance:.1%} of {self.rows} rows"
+        if self.level is not None:
+            return f"{name}: the share of {self.level!r} changed by {self.distance:.1%}, {self.rows} rows"
+        where = f", {self.direction}" if self.direction else ""
+        return f"{name} drifted{where}: distance {self.distance:.3f} over {self.rows} rows"
+
 
 class SchemaViolation(Struct, frozen=True):
     """Values that are no values of this feature: they blame the data and never retrain.
@@ -60,6 +73,18 @@ class SchemaViolation(Struct, frozen=True):
     def explains_drift(self) -> bool:
         """Whether drift of the feature, and of what the model makes of it, says nothing beyond the violation."""
         return self.kind != "range"
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        share = f"{self.violating} of {self.rows} values"
+        span = f" {self.low:g} to {self.high:g}" if self.low is not None and self.high is not None else ""
+        return {
+            "infinite": f"{self.feature}: {share} are infinite",
+            "type": f"{self.feature}: {share} are of another type",
+            "unit": f"{self.feature}: {share} lie outside of the reference's{span}; is it another unit?",
+            "range": f"{self.feature}: {share} lie outside of the reference's{span}",
+        }[self.kind]
 
 
 class DriftCheck(Struct, frozen=True):

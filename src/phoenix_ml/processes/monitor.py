@@ -16,7 +16,8 @@ from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 
 if TYPE_CHECKING:
-    from phoenix_ml.application.monitoring import Figures, Monitor, Seen
+    from phoenix_ml.application.monitoring import Monitor, Seen
+    from phoenix_ml.application.watch import Figures
 
 log = logging.getLogger(__name__)
 # Between two looks at a log that has nothing new.
