@@ -32,6 +32,7 @@ from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.incidents import Alert, Incident, IncidentKind, IncidentStatus, Severity
 from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Signature, Stage, Task, TensorSpec
 from phoenix_ml.domain.monitoring import ALL_MODELS, MonitorSettings
+from phoenix_ml.domain.routing import Role
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.monitoring import KEPT_BATCHES, KEPT_REPORTS, SqlMonitoring
@@ -198,6 +199,31 @@ def test_each_prediction_has_one_outcome_the_first_that_met_it(
 
     assert {(row.result, row.outcome) for row in found} == {(0, "first"), (1, "other"), (2, "early")}
     assert (again, end) == ([], cursor)
+
+
+def test_a_shadow_has_the_outcome_of_what_it_shadowed(database: Database, monitoring: SqlMonitoring) -> None:
+    """Callers know nothing of shadows; without their outcomes nobody could tell a good challenger from a bad one."""
+    register(database, "risk", "2.0.0")
+    made = [prediction(result=n) for n in range(3)]
+    shadows = [
+        prediction(model_version="2.0.0", role=Role.SHADOW, result=10 + n, shadow_of=event.id)
+        for n, event in enumerate(made)
+    ]
+    log(database, *made)
+    log(database, *shadows)
+    log(database, *[outcome(event.id, event.result) for event in made])
+
+    cursor, found = (0, FIRST_OUTCOME), []
+    while True:
+        page, cursor = monitoring.outcomes(cursor, 2)
+        if not page:
+            break
+        found += page
+
+    assert sorted((row.model_version, row.result, row.outcome) for row in found) == [
+        *(("1.0.0", n, n) for n in range(3)),
+        *(("2.0.0", 10 + n, n) for n in range(3)),
+    ]
 
 
 def test_outcomes_of_one_commit_are_read_page_by_page(database: Database, monitoring: SqlMonitoring) -> None:

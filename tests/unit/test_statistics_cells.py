@@ -17,7 +17,15 @@ from phoenix_ml.application.statistics.baseline import (
     reference_columns,
     write_reference,
 )
-from phoenix_ml.application.statistics.cells import ABOVE, BELOW, INFINITE, MISSING, WRONG_TYPE, CellCounter
+from phoenix_ml.application.statistics.cells import (
+    ABOVE,
+    BELOW,
+    FAR,
+    INFINITE,
+    MISSING,
+    WRONG_TYPE,
+    CellCounter,
+)
 from phoenix_ml.domain.baselines import RESULT, SCORE, Baseline, FeatureBaseline, FeatureKind
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.features import FeatureRule, FeatureType
@@ -47,7 +55,8 @@ def test_every_row_of_a_numeric_column_is_counted_once(column: list[float | None
     assert entry.cuts is not None
     assert entry.low is not None
     assert entry.high is not None
-    expected = [0] * (len(entry.counts) + 5)
+    far = 10 * (entry.high - entry.low)
+    expected = [0] * (len(entry.counts) + 6)
     for value in column:
         if value is None or math.isnan(value):
             expected[len(entry.counts) + MISSING] += 1
@@ -57,6 +66,7 @@ def test_every_row_of_a_numeric_column_is_counted_once(column: list[float | None
             expected[sum(cut < value for cut in entry.cuts)] += 1
             expected[len(entry.counts) + BELOW] += value < entry.low
             expected[len(entry.counts) + ABOVE] += value > entry.high
+            expected[len(entry.counts) + FAR] += value < entry.low - far or value > entry.high + far
     assert expected == counter.count({"x": column}).counts.tolist()
 
 
@@ -215,6 +225,24 @@ def test_values_times_a_thousand_are_a_wrong_unit() -> None:
     baseline = describe_reference({"x": np.linspace(1, 100, 1000).tolist()}, {"x": FLOAT})
     counts = CellCounter(baseline).count({"x": (np.linspace(1, 100, 500) * 1000)})
     assert [(found.kind, found.violating) for found in check_schema(baseline, counts)] == [("unit", 500)]
+
+
+def test_one_client_of_several_that_sends_cents_is_a_wrong_unit_too() -> None:
+    """Its values are few, but no population moves by a hundred times its own range; a retraining would learn them."""
+    baseline = normal_baseline()
+    values = np.random.default_rng(2).normal(size=1000)
+    values[:50] *= 100_000
+    (found,) = check_schema(baseline, CellCounter(baseline).count({"x": values}))
+    assert (found.kind, found.explains_drift) == ("unit", True)
+
+
+def test_a_value_or_two_that_are_none_are_told_and_explain_nothing() -> None:
+    """Else one infinite value in a thousand would switch the alarm of its feature off."""
+    baseline = normal_baseline()
+    values = np.random.default_rng(2).normal(size=1000)
+    values[0] = math.inf
+    (found,) = check_schema(baseline, CellCounter(baseline).count({"x": values}))
+    assert (found.kind, found.violating, found.explains_drift) == ("infinite", 1, False)
 
 
 def test_infinite_values_and_other_types_are_violations_from_the_first_on() -> None:

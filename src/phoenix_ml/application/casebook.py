@@ -12,25 +12,33 @@ from phoenix_ml.domain.incidents import Alert, Incident, IncidentKind, IncidentS
 # So many checks in a row must see nothing before an incident is over: one quiet batch may be chance.
 QUIET_CHECKS = 2
 _MOST_LINES = 20
+# What comes back within an hour is no news. Of what comes and goes people hear in alerts that are so much rarer.
+_NEWS_AGAIN_AFTER_MS = 3_600_000
+_RARER = 12
 
 
 class Notice(Struct, frozen=True):
-    """One thing to tell, at the next alert."""
+    """One thing to tell, at the next alert; ``is_again`` where it is of something that comes and goes."""
 
     model_version: str
     severity: Severity
     text: str
     incident_id: str | None = None
+    cause: str | None = None
+    is_over: bool = False
+    is_again: bool = False
 
 
 class CaseState(Struct):
     """What is remembered of incidents beside themselves: checks since each was last seen, by its id, what waits
-    to be told, and when people were told last.
+    to be told, when people were told last, when each cause was over last, and the ids of those that are back since.
     """
 
     quiet: dict[str, int] = {}
     waiting: list[Notice] = []
     told_at_ms: int | None = None
+    over_at_ms: dict[str, int] = {}
+    again: list[str] = []
 
 
 class Casebook:
@@ -83,7 +91,11 @@ class Casebook:
                 updated_at_ms=now_ms,
             )
             self.opened[incident.id] = incident
-            self._tell(Notice(version, severity, summary, incident.id))
+            over_at_ms = self.state.over_at_ms.pop(_key(incident), None)
+            is_again = over_at_ms is not None and now_ms - over_at_ms < _NEWS_AGAIN_AFTER_MS
+            if is_again:
+                self.state.again = [*self.state.again, incident.id]
+            self._tell(Notice(version, severity, summary, incident.id, cause, is_again=is_again))
         else:
             is_worse = severity is Severity.CRITICAL and known.severity is not severity
             incident = msgspec.structs.replace(
@@ -91,7 +103,7 @@ class Casebook:
             )
             self._change(incident)
             if is_worse:
-                self._tell(Notice(version, severity, f"worse: {summary}", incident.id))
+                self._tell(Notice(version, severity, f"worse: {summary}", incident.id, cause))
         self._open[version, cause] = incident
         self.state.quiet[incident.id] = 0
 
@@ -120,8 +132,24 @@ class Casebook:
         self._change(over)
         del self._open[incident.model_version, incident.cause]
         self.state.quiet.pop(incident.id, None)
+        recent = {
+            key: at_ms
+            for key, at_ms in self.state.over_at_ms.items()
+            if now_ms - at_ms < _NEWS_AGAIN_AFTER_MS
+        }
+        self.state.over_at_ms = recent | {_key(incident): now_ms}
+        is_again = incident.id in self.state.again
+        self.state.again = [one for one in self.state.again if one != incident.id]
         self._tell(
-            Notice(incident.model_version, Severity.WARNING, f"over: {incident.cause}, {why}", incident.id)
+            Notice(
+                incident.model_version,
+                Severity.WARNING,
+                f"over: {incident.cause}, {why}",
+                incident.id,
+                incident.cause,
+                is_over=True,
+                is_again=is_again,
+            )
         )
         return over
 
@@ -130,15 +158,19 @@ class Casebook:
         self._tell(Notice(version, severity, text))
 
     def is_alert_due(self, now_ms: int, group_ms: int) -> bool:
-        told_at_ms = self.state.told_at_ms
-        return bool(self.state.waiting) and (told_at_ms is None or now_ms - told_at_ms >= group_ms)
+        waiting, told_at_ms = self.state.waiting, self.state.told_at_ms
+        if not waiting or told_at_ms is None:
+            return bool(waiting)
+        pause_ms = group_ms * _RARER if all(one.is_again for one in waiting) else group_ms
+        return now_ms - told_at_ms >= pause_ms
 
     def alert(self, now_ms: int, group_ms: int) -> Alert | None:
         """All that waits, in one message, unless people were told less than ``group_ms`` ago."""
         if not self.is_alert_due(now_ms, group_ms):
             return None
         waiting = self.state.waiting
-        worst = next((one for one in waiting if one.severity is Severity.CRITICAL), waiting[0])
+        # The title is of what is wrong, before what is over.
+        worst = min(waiting, key=lambda one: (one.is_over, one.severity is not Severity.CRITICAL))
         more = len(waiting) - 1
         title = f"{self._model_id} {worst.model_version}: {worst.text}" + (f" (+{more})" if more else "")
         lines = [f"{self._model_id} {one.model_version}: {one.text}" for one in waiting[:_MOST_LINES]]
@@ -168,4 +200,12 @@ class Casebook:
         (self.opened if incident.id in self.opened else self.changed)[incident.id] = incident
 
     def _tell(self, notice: Notice) -> None:
-        self.state.waiting.append(notice)
+        waiting = self.state.waiting
+        if notice.is_again:  # one that comes and goes is told of as it is now
+            about = notice.model_version, notice.cause
+            waiting = [one for one in waiting if not one.is_again or (one.model_version, one.cause) != about]
+        self.state.waiting = [*waiting, notice]
+
+
+def _key(incident: Incident) -> str:
+    return f"{incident.model_version} {incident.cause}"

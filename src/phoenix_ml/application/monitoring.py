@@ -86,9 +86,16 @@ class Monitor:
         A model whose monitoring fails by a defect is left out for a minute; the others go on.
         """
         standings = self._monitoring.standings()
-        positions = {model_id: self._reached(model_id, one.position) for model_id, one in standings.items()}
+        now_ms = self._now_ms()
+        # A model that fails is not read for: its rows would come again and again, and no newer ones of the others.
+        due = {
+            model_id: standing
+            for model_id, standing in standings.items()
+            if now_ms - self._failed_at.get(model_id, -_RETRY_FAILED_MS) >= _RETRY_FAILED_MS
+        }
+        positions = {model_id: self._reached(model_id, one.position) for model_id, one in due.items()}
         if not positions:
-            return Seen(0, 0, 0)
+            return Seen(0, 0, 0, tuple(self._failed_at))
         rows = self._monitoring.predictions(min(one.seq for one in positions.values()), self._read_rows)
         read_to = rows[-1].seq if rows else 0
         outcomes, outcomes_to = self._monitoring.outcomes(
@@ -109,7 +116,6 @@ class Monitor:
         models = list(positions)
         # Several monitors begin with different models, so that they seldom count the same ones.
         self._shuffle(models)
-        now_ms = self._now_ms()
         for model_id in models:
             was = standings[model_id].position
             now = LogPosition(
@@ -120,8 +126,6 @@ class Monitor:
                 model_id, standings[model_id], rows_of[model_id], outcomes_of[model_id], now_ms
             ):
                 self._passed[model_id] = was, now
-                continue
-            if now_ms - self._failed_at.get(model_id, -_RETRY_FAILED_MS) < _RETRY_FAILED_MS:
                 continue
             try:
                 watch = self._advance(

@@ -575,7 +575,7 @@ class Monitoring(Protocol):
 
     def outcomes(self, after: tuple[int, str], limit: int) -> tuple[list[WatchedOutcome], tuple[int, str]]:
         """Outcomes that have met their predictions, in that order, of all models; later ones of the same prediction
-        are left out. Also where to read on.
+        are left out. A shadow has the outcome of what it shadowed. Also where to read on.
         """
         ...
 

@@ -1,12 +1,12 @@
 """One model under watch: what its predictions and outcomes mean, batch by batch, until the next commit."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from phoenix_ml.application.casebook import Casebook, CaseState
@@ -27,7 +27,7 @@ from phoenix_ml.application.ports import (
     WatchedOutcome,
     WatchedPrediction,
 )
-from phoenix_ml.application.statistics.alarm import AlarmSettings, DriftAlarm, check_schema
+from phoenix_ml.application.statistics.alarm import FEWEST_ROWS, AlarmSettings, DriftAlarm, check_schema
 from phoenix_ml.application.statistics.cells import CellCounter, CellCounts
 from phoenix_ml.application.statistics.detector import LossDetector, objective
 from phoenix_ml.application.statistics.estimation import estimate_performance, is_drop_confirmed
@@ -42,6 +42,7 @@ from phoenix_ml.domain.drift import (
     SchemaViolation,
     wants_retraining,
 )
+from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.healing import JobStatus, RetrainJob, may_request, request_id
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.incidents import Incident, IncidentKind, Severity
@@ -75,7 +76,9 @@ class VersionState(Struct):
     """How far one version's open batch has come, and what must be remembered of those before.
 
     ``number`` is the open batch's; ``estimate`` the last one's. ``broken`` are the periods in which its data was
-    no data of these features: outcomes of predictions made then say nothing about the model.
+    no data of these features: outcomes of predictions made then say nothing about the model. ``rows_since_alarm`` is
+    how many predictions were counted since outcomes raised the alarm; batches before ``ring_from`` are of an earlier time
+    in which the version answered.
     """
 
     number: int = 0
@@ -91,6 +94,9 @@ class VersionState(Struct):
     good_windows: int = 0
     fresh_outcomes: int = 0
     broken: list[tuple[int, int | None]] = []
+    rows_since_alarm: int | None = None
+    ring_from: int = 0
+    was_answering: bool = False
     drift_reported_at_ms: int = 0
     drifted: tuple[str, ...] = ()
 
@@ -121,18 +127,24 @@ class _Counting:
         self.counter = CellCounter(baseline)
         self.counts = self.counter.zero()
         self.ring: deque[CellCounts] = deque(maxlen=MOST_BATCHES)
-        # Beside each batch of the ring, the features whose values in it were none.
-        self.broken: deque[frozenset[str]] = deque(maxlen=MOST_BATCHES)
         self.reference: dict[str, NDArray[np.float64]] | None = None
         self._alarm: tuple[AlarmSettings, DriftAlarm] | None = None
 
     def add_batch(self, counts: CellCounts, settings: MonitorSettings) -> tuple[SchemaViolation, ...]:
-        """What in the batch are no values of their features."""
-        found = check_schema(self.baseline, counts, settings.effect)
-        violations = tuple(one for one in found if one.feature not in settings.left_out)
-        self.ring.append(counts)
-        self.broken.append(frozenset(one.feature for one in violations if one.explains_drift))
+        """What in the batch are no values of their features.
+
+        They stay out of the ring, and so does what the model made of them: they would pass for drift in every window
+        that they are in, or hide it, for 64 batches.
+        """
+        violations = self.violations(counts, settings)
+        broken = {one.feature for one in violations if one.explains_drift}
+        self.ring.append(self.counter.without(counts, {*broken, SCORE, RESULT}) if broken else counts)
         return violations
+
+    def violations(self, counts: CellCounts, settings: MonitorSettings) -> tuple[SchemaViolation, ...]:
+        """What in the counts are no values of their features, those left out aside."""
+        found = check_schema(self.baseline, counts, settings.effect, settings.effects)
+        return tuple(one for one in found if one.feature not in settings.left_out)
 
     def check(self, settings: MonitorSettings) -> DriftCheck:
         """The thresholds are made anew only when the settings have changed: they take longer than a check."""
@@ -149,9 +161,14 @@ class _Version:
         self.registered = version
         self.metadata: Metadata = version.metadata
         self.row_format = RowFormat(self.metadata.columns)
-        baseline = self.metadata.baseline
-        self.counting = None if baseline is None else _Counting(baseline)
+        self.counting: _Counting | None = None
+        self.begin_anew()
         self.recent: deque[WatchedPrediction] = deque(maxlen=_REPORT_ROWS)
+
+    def begin_anew(self) -> None:
+        """Forgets all counts."""
+        if self.metadata.baseline is not None:
+            self.counting = _Counting(self.metadata.baseline)
 
 
 class Registered(Struct, frozen=True):
@@ -232,20 +249,28 @@ class Watch:
         return job is not None and job.id != self.state.told_job_id
 
     def has_left(self, registered: Registered) -> bool:
-        """Whether there are incidents of a version that answers no more."""
-        return not self.cases.versions <= registered.answering
+        """Whether a version answers no more that did."""
+        return bool(self._left(registered))
 
     def _version(self, version: str) -> tuple[_Version, VersionState]:
-        state = self.state.versions.setdefault(version, VersionState())
+        state = self.state.versions.get(version)
+        if state is None:
+            state = VersionState(was_answering=version in self._registered.answering)
+            self.state.versions[version] = state
         held = self._versions.get(version)
         if held is None:
             held = _Version(self._registered.versions[version])
             counting = held.counting
             if counting is not None:
-                for batch in self._monitoring.batches(self.model_id, version):
-                    counting.add_batch(counting.counter.read(batch.counts), self._settings)
-                if state.counts:
-                    counting.counts = counting.counter.read(state.counts)
+                try:
+                    for batch in self._monitoring.batches(self.model_id, version):
+                        if batch.number >= state.ring_from:
+                            counting.add_batch(counting.counter.read(batch.counts), self._settings)
+                    if state.counts:
+                        counting.counts = counting.counter.read(state.counts)
+                except InvalidField:  # counted by a release that counted otherwise: begin anew
+                    state.ring_from, state.rows = state.number, 0
+                    held.begin_anew()
             if state.rows:
                 wanted = min(state.rows, _REPORT_ROWS)
                 held.recent.extend(
@@ -255,11 +280,28 @@ class Watch:
         return held, state
 
     def _end_left(self, now_ms: int) -> None:
-        """Ends the incidents of versions that answer no more."""
+        """Ends the incidents of versions that answer no more, and what was counted for windows to come.
+
+        A version may be asked for by its number all the same: what is seen of it after that stands by itself.
+        """
         why = f"{self._registered.champion or 'no version'} answers now"
-        for version in self.cases.versions - self._registered.answering:
+        for version in self._left(self._registered):
             for incident in self.cases.unresolved(version).values():
                 self._close(incident, why, now_ms)
+            if (state := self.state.versions.get(version)) is not None:
+                state.ring_from, state.rows, state.counts = state.number, 0, b""
+                self._versions.pop(version, None)
+        for version, state in self.state.versions.items():
+            state.was_answering = version in self._registered.answering
+
+    def _left(self, registered: Registered) -> list[str]:
+        found = []
+        for version in (self.cases.versions | self.state.versions.keys()) - registered.answering:
+            state = self.state.versions.get(version)
+            is_gone = not registered.versions[version].is_active and version in self.cases.versions
+            if state is None or state.was_answering or is_gone:
+                found.append(version)
+        return found
 
     # Counting and checking batches.
 
@@ -280,6 +322,8 @@ class Watch:
             )
             held.recent.extend(part)
             state.rows += len(part)
+            if state.rows_since_alarm is not None:
+                state.rows_since_alarm += len(part)
             if state.rows >= self._settings.batch_rows:
                 self._end_batch(version, counting, part[-1], now_ms)
 
@@ -299,7 +343,7 @@ class Watch:
         )
         violations = counting.add_batch(counting.counts, self._settings)
         self._see_violations(version, violations, now_ms)
-        self._check(version, counting, now_ms)
+        self._check(version, counting, violations, now_ms)
         counting.counts = counting.counter.zero()
         held.recent.clear()
         state.number += 1
@@ -312,31 +356,34 @@ class Watch:
             cause = f"schema:{one.feature}:{one.kind}"
             seen.add(cause)
             severity = Severity.CRITICAL if one.explains_drift else Severity.WARNING
-            self.cases.saw(version, IncidentKind.SCHEMA, cause, severity, one.summary, _facts(one), now_ms)
-        for over in self.cases.missed(version, [IncidentKind.SCHEMA], seen, "the values are back", now_ms):
-            self._mend(over, now_ms)
+            evidence = _facts(one) | {"explains_drift": one.explains_drift}
+            self.cases.saw(version, IncidentKind.SCHEMA, cause, severity, one.summary, evidence, now_ms)
+        self.cases.missed(version, [IncidentKind.SCHEMA], seen, "the values are back", now_ms)
         is_broken = any(one.explains_drift for one in violations)
         if is_broken and (not state.broken or state.broken[-1][1] is not None):
             state.broken = [*state.broken, (state.started_at_ms, None)][-_MOST_BROKEN_PERIODS:]
+        self._mend(version, now_ms)
 
-    def _check(self, version: str, counting: _Counting, now_ms: int) -> None:
+    def _check(
+        self, version: str, counting: _Counting, violations: Sequence[SchemaViolation], now_ms: int
+    ) -> None:
         """What the batch that was just ended means, together with those before it."""
         held, state = self._version(version)
         settings = self._settings
         rows = list(held.recent)
-        broken = frozenset[str]().union(*counting.broken)
+        broken = {one.feature for one in violations if one.explains_drift}
+        # What the model makes of broken values is no news either.
+        silent = broken | {SCORE, RESULT} if broken else broken
         check = counting.check(settings)
-        state.score_moved = check.score_moved and not broken
+        state.score_moved = check.score_moved
         report: DriftReport | None = None
         if self._is_classic(settings):
             report = self._compare(held, counting, rows)
             alarms: tuple[FeatureAlarm, ...] = classic_alarms(report)
         else:
             alarms = tuple(one for one in check.alarms if not one.is_advisory)
-        # What the model makes of broken values is no news either.
-        silent = broken | {SCORE, RESULT} if broken else broken
         unexplained = [one for one in alarms if one.feature not in silent]
-        self._see_drift(version, unexplained, check, now_ms)
+        self._see_drift(version, unexplained, silent, check, now_ms)
         estimate = None
         if not broken:
             columns, _, outputs = columns_of(held.row_format, rows)
@@ -353,29 +400,38 @@ class Watch:
         return (settings.policy or self._policy) is DriftPolicy.CLASSIC
 
     def _see_drift(
-        self, version: str, alarms: Sequence[FeatureAlarm], check: DriftCheck, now_ms: int
+        self,
+        version: str,
+        alarms: Sequence[FeatureAlarm],
+        silent: Collection[str],
+        check: DriftCheck,
+        now_ms: int,
     ) -> None:
-        by_feature: dict[str, list[FeatureAlarm]] = {}
+        # Missing values are a feature of their own: they may change with the others, or without.
+        by_cause: dict[str, list[FeatureAlarm]] = {}
         for one in alarms:
-            by_feature.setdefault(one.feature, []).append(one)
-        seen = set()
-        for feature, of_feature in by_feature.items():
-            is_missing = all(one.rule == "missing" for one in of_feature)
-            cause = f"{'missing' if is_missing else 'drift'}:{feature}"
-            seen.add(cause)
-            worst = max(of_feature, key=lambda one: one.distance)
-            evidence = {"alarms": [_facts(one) for one in of_feature], "rows": check.rows}
+            rule = "missing" if one.rule == "missing" else "drift"
+            by_cause.setdefault(f"{rule}:{one.feature}", []).append(one)
+        for cause, found in by_cause.items():
+            worst = max(found, key=lambda one: one.distance)
+            evidence = {"alarms": [_facts(one) for one in found], "rows": check.rows}
             summary = worst.summary
             self.cases.saw(version, IncidentKind.DRIFT, cause, Severity.WARNING, summary, evidence, now_ms)
-        self.cases.missed(version, [IncidentKind.DRIFT], seen, "the stream is back", now_ms)
+        # Of a feature whose values are none, nobody can say that it is back.
+        unknown = {f"{rule}:{feature}" for rule in ("missing", "drift") for feature in silent}
+        self.cases.missed(
+            version, [IncidentKind.DRIFT], by_cause.keys() | unknown, "the stream is back", now_ms
+        )
 
     def _see_estimate(self, version: str, baseline: Baseline, estimate: Estimate | None, now_ms: int) -> None:
         _, state = self._version(version)
         before, state.estimate = state.estimate, estimate
+        state.is_drop_confirmed = False
+        if estimate is None:
+            return
         # The outcomes' own incident ends by outcomes.
         seen = {"quality:outcomes"}
-        state.is_drop_confirmed = False
-        if before is not None and estimate is not None and is_drop_confirmed(baseline, before, estimate):
+        if before is not None and is_drop_confirmed(baseline, before, estimate):
             state.is_drop_confirmed = True
             seen.add("quality:estimate")
             reference = baseline.estimate
@@ -395,18 +451,17 @@ class Watch:
     def _judge(self, version: str, outcomes: Sequence[WatchedOutcome], now_ms: int) -> None:
         held, state = self._version(version)
         task = held.metadata.task
-        state.fresh_outcomes += len(outcomes)
         usable = [
             Judged(one.result, one.confidence, one.probabilities, one.outcome)
             for one in outcomes
             if _is_usable(task, one) and not _is_within(state.broken, one.created_at_ms)
         ]
+        state.fresh_outcomes += len(usable)
         if not usable:
             return
         p0 = self._objective(held, self._settings)
-        reference = _quality_of(held.metadata)
-        tolerance = None if reference is None else reference.tolerance
-        if p0 is not None and (task is not Task.REGRESSION or tolerance is not None):
+        tolerance = self._tolerance(held)
+        if p0 is not None:
             if state.detector is None or state.detector.p0 != p0:
                 state.detector = LossDetector.start(p0)
             wrong = losses(task, outputs_of(usable), [one.outcome for one in usable], tolerance)
@@ -421,6 +476,8 @@ class Watch:
                 state.judged = []
         if state.detector is not None and state.detector.is_alarm:
             detector = state.detector
+            if state.rows_since_alarm is None:
+                state.rows_since_alarm = 0
             summary = (
                 f"answers are wrong more often than the {detector.p0:.1%} that are held to, "
                 f"by {detector.outcomes} outcomes"
@@ -455,16 +512,24 @@ class Watch:
 
     def _measure(self, held: _Version, state: VersionState) -> Quality:
         metadata = held.metadata
-        reference = _quality_of(metadata)
         return measure_quality(
             metadata.task,
             outputs_of(state.judged),
             [one.outcome for one in state.judged],
             class_labels=metadata.class_labels,
-            tolerance=None if reference is None else reference.tolerance,
+            tolerance=self._tolerance(held),
         )
 
+    def _tolerance(self, held: _Version) -> float | None:
+        """The error beyond which a regression's answer is wrong."""
+        if self._settings.tolerance is not None:
+            return self._settings.tolerance
+        quality = _quality_of(held.metadata)
+        return None if quality is None else quality.tolerance
+
     def _objective(self, held: _Version, settings: MonitorSettings) -> float | None:
+        if held.metadata.task is Task.REGRESSION and self._tolerance(held) is None:
+            return None
         if settings.error_rate is not None:
             return settings.error_rate
         quality = _quality_of(held.metadata)
@@ -473,24 +538,27 @@ class Watch:
     # Incidents that end, and what that means for what was counted.
 
     def _close(self, incident: Incident, why: str, now_ms: int) -> None:
-        over = self.cases.resolve(incident, why, now_ms)
+        self.cases.resolve(incident, why, now_ms)
         if incident.kind is IncidentKind.SCHEMA:
-            self._mend(over, now_ms)
+            self._mend(incident.model_version, now_ms)
         elif incident.cause == "quality:outcomes":
-            self.state.versions[incident.model_version].detector = None
+            self._forget_outcomes(incident.model_version)
 
-    def _mend(self, over: Incident, now_ms: int) -> None:
-        """The data is whole again: what outcomes said of the broken answers is forgotten."""
-        version = over.model_version
-        if _broken_features(self.cases, version) or over.evidence.get("kind") == "range":
-            return
+    def _mend(self, version: str, now_ms: int) -> None:
+        """Where the data is whole again, what outcomes said of the broken answers is forgotten."""
         state = self.state.versions[version]
-        if state.broken and state.broken[-1][1] is None:
-            state.broken[-1] = (state.broken[-1][0], now_ms)
-        state.detector = None
+        if not state.broken or state.broken[-1][1] is not None or _broken_features(self.cases, version):
+            return
+        state.broken[-1] = (state.broken[-1][0], now_ms)
+        self._forget_outcomes(version)
         known = self.cases.unresolved(version).get("quality:outcomes")
         if known is not None:
             self.cases.resolve(known, "the data was to blame, and it is whole again", now_ms)
+
+    def _forget_outcomes(self, version: str) -> None:
+        state = self.state.versions[version]
+        state.detector = None
+        state.rows_since_alarm = None
 
     # Retraining.
 
@@ -501,22 +569,28 @@ class Watch:
         held, state = self._version(version)
         settings = self._settings
         drift = self.cases.unresolved(version, IncidentKind.DRIFT)
+        # Where outcomes come at once they tell of broken data before there are enough rows to see that it is.
+        is_too_early = held.counting is not None and (state.rows_since_alarm or 0) < FEWEST_ROWS
         evidence = Evidence(
             drifted=tuple(drift),
             missing=tuple(cause for cause in drift if cause.startswith("missing:")),
             schema=_broken_features(self.cases, version),
             is_drop_confirmed=state.is_drop_confirmed,
-            is_outcome_alarm=state.detector is not None and state.detector.is_alarm,
+            is_outcome_alarm=state.detector is not None and state.detector.is_alarm and not is_too_early,
             score_moved=state.score_moved,
         )
         is_classic = self._is_classic(settings)
-        reason = "a Kolmogorov-Smirnov p below 0.05" if is_classic and drift else wants_retraining(evidence)
+        reason = wants_retraining(evidence)
+        if is_classic and drift and not evidence.schema:
+            reason = "a Kolmogorov-Smirnov p below 0.05"
         if reason is None or settings.healing_paused:
             return
         if not is_classic and state.fresh_outcomes < settings.min_outcomes:
             return
         latest_ms, requests = self._monitoring.retrain_requests(self.model_id, now_ms - _BUDGET_PERIOD_MS)
         if may_request(now_ms, latest_ms, settings.cooldown_s * 1000, requests, settings.budget) is not None:
+            return
+        if self._newest_are_broken(version, held):
             return
         outcomes = state.detector.outcomes if state.detector is not None else 0
         baseline_id = msgspec.json.encode(held.metadata.baseline).decode()
@@ -538,6 +612,15 @@ class Watch:
         state.fresh_outcomes = 0
         self.cases.tell(version, Severity.CRITICAL, f"retraining was asked for: {reason}")
 
+    def _newest_are_broken(self, version: str, held: _Version) -> bool:
+        """Whether the newest rows have values that are none, which the open batch has not told yet."""
+        if held.counting is None:
+            return False
+        rows = self._monitoring.latest(self.model_id, version, FEWEST_ROWS)
+        columns, absent, _ = columns_of(held.row_format, rows)
+        counts = held.counting.counter.count(columns, absent=absent)
+        return any(one.explains_drift for one in held.counting.violations(counts, self._settings))
+
     def _see_job(self, job: EndedJob | None, now_ms: int) -> None:
         """A retraining that came to nothing is an incident, until one comes to something or the version is gone."""
         if job is None or not self.is_news(job):
@@ -551,6 +634,12 @@ class Watch:
                 self.cases.resolve(known, f"{job.new_version} is registered", now_ms)
             return
         severity = Severity.CRITICAL if job.status is JobStatus.FAILED else Severity.WARNING
+        if version not in self._registered.answering:
+            text = (
+                f"its retraining came to nothing, and {version} answers no more ({job.status}): {job.error}"
+            )
+            self.cases.tell(version, Severity.WARNING, text)
+            return
         summary = f"the retraining came to nothing ({job.status}): {job.error}"
         evidence = {"job_id": job.id, "status": job.status}
         self.cases.saw(version, IncidentKind.RETRAINING, "retraining", severity, summary, evidence, now_ms)
@@ -580,6 +669,7 @@ class Watch:
     def _add_drift_report(self, version: str, report: DriftReport, check: DriftCheck, now_ms: int) -> None:
         state = self.state.versions[version]
         state.drift_reported_at_ms = now_ms
+        report = _with_verdicts(report, check)
         content = _facts(report) | {"check": _facts(check), "batches": state.number + 1}
         self.reports.append(
             MonitorReport(new_id(), self.model_id, version, "drift", now_ms, report.rows, content)
@@ -589,9 +679,13 @@ class Watch:
         held, state = self._version(version)
         reference = _quality_of(held.metadata)
         detector = state.detector
+        figures = _facts(quality)
+        if held.metadata.task is Task.REGRESSION and self._tolerance(held) is None:
+            # Nobody has said which error is one.
+            del figures["error_rate"], figures["tolerance"]
         content = {
             "state": "measured" if quality.n >= FEWEST_OUTCOMES else "insufficient data",
-            "quality": _facts(quality),
+            "quality": figures,
             "reference": None if reference is None else _facts(reference),
             "objective": self._objective(held, self._settings),
             "evidence": None if detector is None else min(detector.evidence, 1e12),
@@ -625,11 +719,23 @@ def _is_within(periods: Sequence[tuple[int, int | None]], at_ms: int) -> bool:
 def _broken_features(cases: Casebook, version: str) -> tuple[str, ...]:
     """The causes of open schema incidents that explain whatever else is seen."""
     found = cases.unresolved(version, IncidentKind.SCHEMA)
-    return tuple(cause for cause in found if not cause.endswith(":range"))
+    return tuple(cause for cause, one in found.items() if one.evidence.get("explains_drift"))
 
 
 def _quality_of(metadata: Metadata) -> Quality | None:
     return None if metadata.baseline is None else metadata.baseline.quality
+
+
+def _with_verdicts(report: DriftReport, check: DriftCheck) -> DriftReport:
+    """The newest rows' figures, with the verdicts of the alarm, which has looked at more than these."""
+    alarms = {one.feature: one for one in check.alarms}
+    features = tuple(
+        structs.replace(
+            one, verdict=check.verdicts.get(one.feature, one.verdict), alarm=alarms.get(one.feature)
+        )
+        for one in report.features
+    )
+    return structs.replace(report, features=features)
 
 
 def _facts(struct: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ Rule = Literal["ks", "ad", "level", "chi2", "missing", "constant", "classic"]
 
 # How far the scores must move, as a Kolmogorov-Smirnov distance, to be evidence that the model suffers.
 SCORE_MOVED: Final = 0.1
+# A smaller share of broken values changes no distribution by more than chance does.
+_FEW_VIOLATING: Final = 0.02
 
 
 class Verdict(StrEnum):
@@ -71,8 +73,11 @@ class SchemaViolation(Struct, frozen=True):
 
     @property
     def explains_drift(self) -> bool:
-        """Whether drift of the feature, and of what the model makes of it, says nothing beyond the violation."""
-        return self.kind != "range"
+        """Whether drift of the feature, and of what the model makes of it, says nothing beyond the violation.
+
+        A value or two in a batch are told, but explain nothing.
+        """
+        return self.kind != "range" and self.violating >= _FEW_VIOLATING * self.rows
 
     @property
     def summary(self) -> str:

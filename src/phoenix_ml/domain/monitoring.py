@@ -28,7 +28,9 @@ class MonitorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ``batch_rows`` predictions of a version make a batch, after which drift is looked for; ``arl`` is how many such
     checks go by between two false alarms, on average at least. ``effect`` is the least change of a distribution
     that matters, as a Kolmogorov-Smirnov distance, ``effects`` the same by feature, ``left_out`` features that
-    nobody looks at. ``error_rate`` is an objective; without it the reference's own error is what a model is held to.
+    nobody looks at. ``error_rate`` is an objective; without it the reference's own error is what a model is held to. A
+    regression's answer is an error where it is off by more than ``tolerance``; without it, by more than nine in ten of the
+    reference's are.
     A retraining needs ``min_outcomes`` fresh outcomes; there are at most ``budget`` in 30 days, ``cooldown_s``
     apart. ``policy`` None is that of PHOENIX_DRIFT_POLICY. ``challenger_policy``: ``shadow``, ``ab:0.1`` or ``none``.
     """
@@ -39,6 +41,7 @@ class MonitorSettings(Struct, frozen=True, forbid_unknown_fields=True):
     effects: dict[str, Share] = {}
     left_out: tuple[str, ...] = ()
     error_rate: Share | None = None
+    tolerance: Annotated[float, Meta(gt=0)] | None = None
     policy: DriftPolicy | None = None
     challenger_policy: Annotated[str, Meta(pattern=_CHALLENGER)] = "shadow"
     cooldown_s: Annotated[int, Meta(ge=0)] = 24 * 3600

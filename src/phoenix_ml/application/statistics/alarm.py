@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from phoenix_ml.application.statistics.cells import (
     ABOVE,
     BELOW,
     EXTRAS,
+    FAR,
     INFINITE,
     MISSING,
     WRONG_TYPE,
@@ -437,12 +439,18 @@ class DriftAlarm:
         )
 
 
-def check_schema(baseline: Baseline, counts: CellCounts, effect: float = 0.02) -> tuple[SchemaViolation, ...]:
+def check_schema(
+    baseline: Baseline,
+    counts: CellCounts,
+    effect: float = 0.02,
+    effects: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[SchemaViolation, ...]:
     """What in one batch are no values of the feature: infinite, of another type, or outside of the reference's range.
 
-    Values outside of the range count from a share of ``effect`` on, and where that many of n would exceed the extremes of
-    m reference rows by chance less often than once in 10⁶: Π_{i<k} (n − i)/(n + m − i), whatever the distribution (Wilks 1942).
-    They are a wrong unit where they are most values.
+    Values outside of the range count from a share of ``effect`` on (``effects`` by feature), and where that many of n would
+    exceed the extremes of m reference rows by chance less often than once in 10⁶: Π_{i<k} (n − i)/(n + m − i), whatever the
+    distribution (Wilks 1942). They are a wrong unit where they are most values, or where the share that counts is
+    farther outside than FAR_SPANS times the range: one client of several that sends cents.
 
     >>> baseline = Baseline(100, {"x": FeatureBaseline(0, cuts=(1.0,), counts=(50, 50), low=0.0, high=2.0)})
     >>> counts = CellCounter(baseline).count({"x": [1000.0] * 300})
@@ -466,11 +474,10 @@ def check_schema(baseline: Baseline, counts: CellCounts, effect: float = 0.02) -
         # The model's own answers have no unit, and a constant has no range to leave but itself.
         if name in (SCORE, RESULT) or entry.kind is FeatureKind.CONSTANT or values < FEWEST_ROWS:
             continue
-        outside = int(extras[BELOW] + extras[ABOVE])
-        if outside >= effect * values and _log_chance_outside(outside, values, entry.present) < -math.log(
-            1e6
-        ):
-            kind: Literal["unit", "range"] = "unit" if 2 * outside > values else "range"
+        outside, enough = int(extras[BELOW] + extras[ABOVE]), effects.get(name, effect) * values
+        if outside >= enough and _log_chance_outside(outside, values, entry.present) < -math.log(1e6):
+            is_unit = 2 * outside > values or extras[FAR] >= enough
+            kind: Literal["unit", "range"] = "unit" if is_unit else "range"
             violations.append(SchemaViolation(name, kind, rows, outside, entry.low, entry.high))
     return tuple(violations)
 

@@ -19,9 +19,12 @@ from phoenix_ml.domain.rows import Outputs
 
 Column = Sequence[Any] | NDArray[Any]
 # After the cells of a feature: values that are missing, infinite, of another type, below the reference's least
-# value and above its greatest. The last two are also counted in their cells.
-MISSING, INFINITE, WRONG_TYPE, BELOW, ABOVE = range(5)
-EXTRAS: Final = 5
+# value, above its greatest, and farther outside than FAR_SPANS times the whole range. The last three are also
+# counted in their cells.
+MISSING, INFINITE, WRONG_TYPE, BELOW, ABOVE, FAR = range(6)
+EXTRAS: Final = 6
+# No population moves so far; a factor of a hundred or a thousand does.
+FAR_SPANS: Final = 10.0
 _TRUTHS: Final = {"True", "False"}
 
 
@@ -83,7 +86,9 @@ class CellCounter:
             else:
                 self._levels[name] = {level: i for i, level in enumerate(entry.levels)}
             digest.update(
-                msgspec.json.encode([name, entry.cuts, list(entry.levels or ()), entry.low, entry.high])
+                msgspec.json.encode(
+                    [name, entry.cuts, list(entry.levels or ()), entry.low, entry.high, EXTRAS]
+                )
             )
         self.layout = digest.hexdigest()
 
@@ -100,6 +105,14 @@ class CellCounter:
     def cells(self, counts: CellCounts, name: str) -> NDArray[np.int64]:
         offset = self.offsets[name]
         return counts.counts[offset : offset + len(self.entries[name].cells)]
+
+    def without(self, counts: CellCounts, names: Iterable[str]) -> CellCounts:
+        """The counts as if these features had come without a column."""
+        kept = counts.counts.copy()
+        for name in names:
+            if (entry := self.entries.get(name)) is not None:
+                kept[self.offsets[name] : self.offsets[name] + len(entry.cells) + EXTRAS] = 0
+        return CellCounts(counts.rows, counts.layout, kept)
 
     def aside(self, counts: CellCounts, name: str, which: int) -> int:
         return int(counts.counts[self.offsets[name] + len(self.entries[name].cells) + which])
@@ -163,10 +176,17 @@ class CellCounter:
             return
         cells = self._cuts[name].searchsorted(values, side="left")
         own[: len(entry.cells)] += np.bincount(cells, minlength=len(entry.cells))
-        if entry.low is not None and values.min() < entry.low:
+        if entry.low is None or entry.high is None:
+            return
+        far = FAR_SPANS * (entry.high - entry.low)
+        if (least := values.min()) < entry.low:
             extras[BELOW] += np.count_nonzero(values < entry.low)
-        if entry.high is not None and values.max() > entry.high:
+            if least < entry.low - far:
+                extras[FAR] += np.count_nonzero(values < entry.low - far)
+        if (greatest := values.max()) > entry.high:
             extras[ABOVE] += np.count_nonzero(values > entry.high)
+            if greatest > entry.high + far:
+                extras[FAR] += np.count_nonzero(values > entry.high + far)
 
     def _only_numbers(self, values: Iterable[Any], extras: NDArray[np.int64]) -> NDArray[np.float64]:
         numbers = []

@@ -21,6 +21,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from phoenix_ml.application.ports import (
     CountedBatch,
@@ -136,18 +137,7 @@ class SqlMonitoring:
             tuple_(func.coalesce(earlier.c.seq, 0), earlier.c.id) < tuple_(told.seq, told.id),
         )
         statement = (
-            select(
-                told.seq,
-                told.id,
-                made.model_id,
-                made.model_version,
-                told.outcome,
-                made.result,
-                made.confidence,
-                made.probabilities,
-                made.created_at,
-                is_repeated,
-            )
+            select(told.seq, told.id, told.outcome, told.prediction_id, *_answered(made), is_repeated)
             .join(prediction_logs, made.id == told.prediction_id)
             .where(tuple_(told.seq, told.id) > tuple_(*after, types=[told.seq.type, told.id.type]))
             .order_by(told.seq, told.id)
@@ -155,7 +145,13 @@ class SqlMonitoring:
         )
         with self._database.read() as connection:
             rows = connection.execute(statement).all()
-        found = [WatchedOutcome(*row[:-1]) for row in rows if not row[-1]]
+            by_prediction = {row.prediction_id: row for row in rows if not row[-1]}
+            found = [_watched_outcome(row, row[4:-1]) for row in by_prediction.values()]
+            ids = list(by_prediction)
+            for start in range(0, len(ids), 500):  # SQLite bounds the number of parameters
+                part = made.shadow_of.in_(ids[start : start + 500])
+                shadows = connection.execute(select(made.shadow_of, *_answered(made)).where(part))
+                found += [_watched_outcome(by_prediction[of], answered) for of, *answered in shadows]
         return found, (rows[-1].seq, rows[-1].id) if rows else after
 
     def log_end(self) -> int:
@@ -453,6 +449,22 @@ def _stands_at(model_id: str, position: LogPosition) -> ColumnElement[bool]:
         table.outcome_seq == position.outcome_seq,
         table.outcome_id == position.outcome_id,
     )
+
+
+def _answered(table: ReadOnlyColumnCollection[str, Any]) -> list[Any]:
+    return [
+        table.model_id,
+        table.model_version,
+        table.result,
+        table.confidence,
+        table.probabilities,
+        table.created_at,
+    ]
+
+
+def _watched_outcome(told: Any, answered: Sequence[Any]) -> WatchedOutcome:
+    model_id, model_version, *answer = answered
+    return WatchedOutcome(told.seq, told.id, model_id, model_version, told.outcome, *answer)
 
 
 def _watched_columns() -> Select[Any]:

@@ -177,6 +177,7 @@ class SqlPredictionLog:
             "batch_size": event.batch_size,
             "batch_position": event.batch_position,
             "inputs": event.inputs,
+            "shadow_of": event.shadow_of,
         }
 
 
@@ -216,6 +217,7 @@ def _logged(rows: Sequence[Row[Any]], connection: Connection) -> list[LoggedPred
     for row in rows:
         fields = dict(row._mapping)
         fields["created_at_ms"] = fields.pop("created_at")
+        del fields["shadow_of"]
         outcome = latest.get(row.id)
         if outcome is not None:
             fields |= {"outcome": outcome.outcome, "outcome_at_ms": outcome.observed_at}

@@ -1,0 +1,404 @@
+"""What monitors conclude from what is logged, step by step, over the embedded database."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx_models
+import pytest
+from numpy.typing import NDArray
+from sample_events import AT_MS, outcome, prediction
+from sqlalchemy import update
+
+from phoenix_ml.application.casebook import Casebook, CaseState
+from phoenix_ml.application.catalogue import Reference, Registration, activate, register
+from phoenix_ml.application.monitoring import Monitor, Seen
+from phoenix_ml.application.ports import IncidentQuery, JobQuery, RecordedEvent
+from phoenix_ml.bootstrap import Phoenix, bootstrap
+from phoenix_ml.domain.events import OutcomeReported, PredictionMade
+from phoenix_ml.domain.features import FeatureRule, FeatureType
+from phoenix_ml.domain.incidents import IncidentKind, Severity
+from phoenix_ml.domain.models import ModelVersion, Stage
+from phoenix_ml.domain.routing import Role
+from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.infrastructure.sql.schema import prediction_logs
+from phoenix_ml.settings import fixed_settings
+
+CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}
+BATCH_ROWS = 1000
+# Far beyond what the reference's errors allow.
+WRONG = 50.0
+MINUTE_MS = 60_000
+
+
+class World:
+    """Models whose rows are standard normal, and a monitor that watches them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.phoenix: Phoenix = bootstrap(fixed_settings(data=folder / "data"))
+        self.phoenix.database.upgrade_if_new()
+        self.now_ms = AT_MS
+        self.random = np.random.default_rng(5)
+        self.versions: dict[tuple[str, str], ModelVersion] = {}
+        self.monitor = self.new_monitor()
+
+    def new_monitor(self) -> Monitor:
+        phoenix = self.phoenix
+        return Monitor(
+            phoenix.monitoring, phoenix.registry, phoenix.artifacts, group_ms=0, now_ms=lambda: self.now_ms
+        )
+
+    def add(self, model_id: str = "risk", version: str = "1.0.0", *, with_outcomes: bool = True) -> None:
+        artifact = onnx_models.write(
+            self.folder / "model.onnx", onnx_models.linear_regressor(2, bias=float(len(self.versions)))
+        )
+        values = self.rows(4000)
+        truth = self.answers(model_id, version, values) + self.random.normal(size=len(values))
+        columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "y": truth.tolist()}
+        where = self.phoenix.registry, self.phoenix.artifacts, self.phoenix.engines
+        register(
+            *where,
+            artifact,
+            Registration(model_id, version, Stage.PROD, CONTRACT),
+            actor="ann",
+            reference=Reference(columns, None, "y" if with_outcomes else None),
+        )
+        self.versions[model_id, version] = activate(*where, model_id, version, actor="ann")
+
+    def set(self, model_id: str = "risk", **changes: object) -> None:
+        self.phoenix.monitoring.change_settings(model_id, changes, "ann")
+
+    def rows(self, count: int, *, shift: float = 0.0) -> NDArray[np.float64]:
+        return self.random.normal([0.0, shift], size=(count, 2))
+
+    def answers(self, model_id: str, version: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        known = list(self.versions)
+        bias = known.index((model_id, version)) if (model_id, version) in known else len(known)
+        return values @ onnx_models.weights(2) + bias
+
+    def log(
+        self,
+        values: NDArray[np.float64],
+        model_id: str = "risk",
+        version: str = "1.0.0",
+        *,
+        errors: Sequence[float] | NDArray[np.float64] | None = None,
+        truth: object = None,
+    ) -> None:
+        """Logs an answer a row, and its outcome where there are errors, or one truth for all."""
+        registered = self.versions[model_id, version]
+        row_format = RowFormat(registered.metadata.columns)
+        recorded = []
+        results = self.answers(model_id, version, values)
+        for i, (row, result) in enumerate(zip(values.astype(np.float32).tolist(), results, strict=True)):
+            made = prediction(
+                model_id=model_id,
+                model_version=version,
+                inputs=row_format.pack(tuple(row)),
+                result=float(result) if math.isfinite(result) else None,
+                confidence=None,
+                probabilities=None,
+                role=Role.CHAMPION,
+                sha256=registered.sha256,
+                sources="rr",
+                created_at_ms=self.now_ms,
+            )
+            events: list[PredictionMade | OutcomeReported] = [made]
+            if errors is not None:
+                events.append(outcome(made.id, float(result + errors[i])))
+            elif truth is not None:
+                events.append(outcome(made.id, truth))
+            recorded += [RecordedEvent(one, msgspec.msgpack.encode(one), row_format) for one in events]
+        self.phoenix.prediction_log.write(recorded)
+
+    def step(self) -> Seen:
+        """Everything that is logged by now has been looked at when it returns."""
+        while True:
+            self.now_ms += 1000
+            seen = self.monitor.step()
+            if not seen.rows and not seen.outcomes:
+                return seen
+
+    def see(self, *batches: NDArray[np.float64]) -> None:
+        for values in batches:
+            self.log(values)
+            self.step()
+
+    def incidents(self, version: str = "1.0.0", *, unresolved: bool = True) -> list[str]:
+        found, _ = self.phoenix.monitoring.incidents(
+            IncidentQuery("risk", version, unresolved=unresolved, limit=1000)
+        )
+        return sorted(one.cause for one in found)
+
+    def requests(self) -> list[str]:
+        return [job.reason for job in self.phoenix.retrain_jobs.page(JobQuery())]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    with closing(world.phoenix):
+        yield world
+
+
+def thousandfold(values: NDArray[np.float64], share: float = 1.0) -> NDArray[np.float64]:
+    broken = values.copy()
+    broken[: round(share * len(values)), 1] *= 1000
+    return broken
+
+
+def test_a_batch_of_broken_data_hides_no_drift_that_comes_after_it(world: World) -> None:
+    """A defect of an hour must not switch the alarm off for the 64 batches that remember it."""
+    world.add()
+    world.set(left_out=["_score"])
+    world.see(thousandfold(world.rows(BATCH_ROWS)), *(world.rows(BATCH_ROWS) for _ in range(2)))
+    after_the_defect = world.incidents()
+
+    world.see(world.rows(BATCH_ROWS, shift=1.0))
+
+    assert after_the_defect == []
+    assert world.incidents() == ["drift:income"]
+
+
+def test_an_infinite_value_now_and_then_hides_no_drift(world: World) -> None:
+    """One odd row in a thousand is told of; the other 999 are what they are."""
+    world.add()
+    world.set(left_out=["_score"])
+    values = world.rows(BATCH_ROWS, shift=1.0)
+    values[0, 1] = np.inf
+
+    world.see(values)
+
+    assert world.incidents() == ["drift:income", "schema:income:infinite"]
+
+
+def test_outcomes_of_broken_data_that_come_at_once_ask_for_no_retraining(world: World) -> None:
+    """They raise the alarm before the batch is full in which the defect would be seen: a model must not learn it."""
+    world.add()
+    world.log(world.rows(900), errors=np.zeros(900))
+    world.step()
+    for _ in range(20):
+        # Another scale, such as Fahrenheit: outside of the range, but not by orders of magnitude.
+        world.log(world.rows(100, shift=8.0), errors=np.full(100, WRONG))
+        world.step()
+
+    assert world.requests() == []
+    assert "quality:outcomes" in world.incidents(unresolved=False)
+    assert "schema:income:unit" in world.incidents()
+
+
+def test_one_client_of_several_with_another_unit_asks_for_no_retraining(world: World) -> None:
+    """Most rows are whole then, and the outcomes of the others are bad all the same."""
+    world.add()
+    for _ in range(10):
+        world.log(
+            thousandfold(world.rows(BATCH_ROWS), share=0.3),
+            errors=[WRONG] * 300 + [0.0] * (BATCH_ROWS - 300),
+        )
+        world.step()
+
+    assert "schema:income:unit" in world.incidents()
+    assert world.requests() == []
+
+
+def test_outcomes_that_are_wrong_on_whole_data_ask_for_a_retraining_once(world: World) -> None:
+    """The counter-example to the two before: there the model itself is to blame."""
+    world.add()
+    for _ in range(5):
+        world.log(world.rows(300), errors=np.full(300, WRONG))
+        world.step()
+
+    assert world.requests() == ["outcomes"]
+
+
+def test_classic_policy_asks_for_no_retraining_on_broken_data(world: World) -> None:
+    """It is hasty by design, but data that is none is no reason to train under any policy."""
+    world.add()
+    world.set(policy="classic", min_outcomes=0)
+    world.see(thousandfold(world.rows(BATCH_ROWS)))
+
+    assert "schema:income:unit" in world.incidents()
+    assert world.requests() == []
+
+
+def test_a_model_that_cannot_be_watched_holds_up_no_other(world: World) -> None:
+    """Its rows come first in the log, and are more than one step reads."""
+    world.add("bad")
+    world.add("risk")
+    world.step()
+    world.log(world.rows(6000), "bad")
+    with world.phoenix.database.write() as connection:
+        is_bad = prediction_logs.c.model_id == "bad"
+        connection.execute(update(prediction_logs).where(is_bad).values(inputs=b"no row"))
+    world.log(world.rows(BATCH_ROWS, shift=3.0))
+
+    failed = {name for _ in range(5) for name in world.monitor.step().failed}
+
+    assert failed == {"bad"}
+    assert "drift:income" in world.incidents()
+
+
+def test_a_version_that_is_asked_for_by_its_number_keeps_its_incidents(world: World) -> None:
+    """It is no arm of the routing; opened and ended anew with each batch, an incident would be a storm of alerts."""
+    world.add(version="1.0.0")
+    world.add(version="1.1.0")
+    world.set(left_out=["_score"])
+    for _ in range(6):
+        world.log(world.rows(BATCH_ROWS, shift=1.0), version="1.0.0")
+        world.step()
+
+    assert world.incidents("1.0.0", unresolved=False) == ["drift:income"]
+
+
+def test_incidents_end_when_another_version_takes_over(world: World) -> None:
+    """Promotion is an answer to them."""
+    world.add(version="1.0.0")
+    world.see(world.rows(BATCH_ROWS, shift=1.0))
+    before = world.incidents()
+    world.add(version="1.1.0")
+
+    world.step()
+
+    assert "drift:income" in before
+    assert world.incidents() == []
+
+
+def test_a_version_that_comes_back_is_judged_by_what_it_sees_now(world: World) -> None:
+    """What drifted two months ago, before another version took over, is no news."""
+    world.add(version="1.0.0")
+    world.see(*(world.rows(BATCH_ROWS, shift=1.0) for _ in range(3)))
+    world.add(version="1.1.0")
+    world.step()
+    world.now_ms += 60 * 24 * 60 * MINUTE_MS
+    world.phoenix.registry.set_active("risk", "1.1.0", False, "ann")
+
+    world.see(*(world.rows(BATCH_ROWS) for _ in range(3)))
+
+    assert world.incidents() == []
+
+
+def test_missing_values_that_stay_keep_their_incident_when_the_others_drift_too(world: World) -> None:
+    """An incident must not end with "the stream is back" while three of ten values are still missing."""
+    world.add()
+    world.set(left_out=["_score"])
+    for shift in (0.0, 1.0, 1.0, 1.0):
+        values = world.rows(BATCH_ROWS, shift=shift)
+        values[:300, 1] = np.nan
+        world.see(values)
+
+    assert world.incidents() == ["drift:income", "missing:income"]
+
+
+def test_the_report_that_is_kept_has_the_verdict_of_the_alarm(world: World) -> None:
+    """The alarm has looked at more batches than the rows of the report: "steady" beside an open incident confuses."""
+    world.add()
+    world.set(left_out=["_score"])
+    for _ in range(12):
+        world.see(world.rows(BATCH_ROWS, shift=0.15))
+
+    assert world.incidents() == ["drift:income"]
+    (report,) = world.phoenix.monitoring.reports("risk", "drift")
+    verdicts = {one["feature"]: one["verdict"] for one in report.report["features"]}
+    assert (verdicts["age"], verdicts["income"]) == ("steady", "drift")
+
+
+def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(world: World) -> None:
+    """Measured by the window's own errors it would be one in ten, whatever happens."""
+    world.add(with_outcomes=False)
+    world.set(error_rate=0.1)
+    world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
+    world.step()
+    (before,) = world.phoenix.monitoring.reports("risk", "performance")
+    world.set(tolerance=1.0)
+    world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
+    world.step()
+    (after,) = world.phoenix.monitoring.reports("risk", "performance")
+
+    assert "error_rate" not in before.report["quality"]
+    assert after.report["quality"]["error_rate"] == 1.0
+    assert "quality:outcomes" in world.incidents()
+
+
+def test_outcomes_that_say_nothing_are_no_outcomes_to_train_on(world: World) -> None:
+    """A retraining needs so many of them."""
+    world.add()
+    world.set(min_outcomes=1)
+    world.log(world.rows(BATCH_ROWS), truth="n/a")
+
+    world.step()
+
+    assert world.requests() == []
+
+
+def test_a_monitor_that_is_started_anew_goes_on_where_the_other_was(world: World) -> None:
+    """Counts, incidents and what was left out of the windows come back from the database."""
+    world.add()
+    world.set(left_out=["_score"])
+    world.see(thousandfold(world.rows(BATCH_ROWS)), world.rows(BATCH_ROWS + 500))
+    world.monitor = world.new_monitor()
+
+    world.see(world.rows(500), world.rows(BATCH_ROWS, shift=1.0))
+
+    assert world.incidents() == ["drift:income"]
+    batches = world.phoenix.monitoring.batches("risk", "1.0.0")
+    assert [one.rows for one in batches] == [BATCH_ROWS] * 4
+
+
+# What people are told, and how often.
+
+
+def flap(cases: Casebook, minute: int) -> None:
+    """Seen at even minutes, over at odd ones."""
+    at_ms = AT_MS + minute * MINUTE_MS
+    if minute % 2 == 0:
+        cases.saw("1.0.0", IncidentKind.DRIFT, "drift:x", Severity.WARNING, "x drifted", {}, at_ms)
+    else:
+        (incident,) = cases.unresolved("1.0.0").values()
+        cases.resolve(incident, "the stream is back", at_ms)
+
+
+def test_what_comes_and_goes_is_told_once_an_hour() -> None:
+    """An alert every five minutes, all day, about the same feature, is switched off by whoever gets it."""
+    cases = Casebook("risk", [], CaseState())
+    alerts = []
+    for minute in range(24 * 60):
+        flap(cases, minute)
+        alert = cases.alert(AT_MS + minute * MINUTE_MS, 5 * MINUTE_MS)
+        alerts += [] if alert is None else [alert]
+
+    # Opened, over, and then once an hour.
+    assert len(alerts) in range(20, 28)
+    assert max(len(alert.text.splitlines()) for alert in alerts) <= 3
+
+
+def test_news_does_not_wait_for_what_comes_and_goes() -> None:
+    """A new incident is told within the grouping time, whatever else flaps."""
+    cases = Casebook("risk", [], CaseState())
+    for minute in range(30):
+        flap(cases, minute)
+        cases.alert(AT_MS + minute * MINUTE_MS, 5 * MINUTE_MS)
+    at_ms = AT_MS + 30 * MINUTE_MS
+    cases.saw("1.0.0", IncidentKind.DRIFT, "drift:y", Severity.WARNING, "y drifted", {}, at_ms)
+
+    alert = cases.alert(at_ms, 5 * MINUTE_MS)
+
+    assert alert is not None
+    assert "y drifted" in alert.text
+
+
+def test_the_title_of_an_alert_is_of_what_is_wrong_not_of_what_is_over() -> None:
+    """It is all that a telephone shows at night."""
+    cases = Casebook("risk", [], CaseState())
+    flap(cases, 0)
+    cases.alert(AT_MS, 0)
+    flap(cases, 1)
+    cases.saw("1.0.0", IncidentKind.DRIFT, "drift:y", Severity.WARNING, "y drifted", {}, AT_MS + MINUTE_MS)
+
+    alert = cases.alert(AT_MS + MINUTE_MS, 0)
+
+    assert alert is not None
+    assert alert.title == "risk 1.0.0: y drifted (+1)"
