@@ -530,6 +530,17 @@ def test_settings_that_make_no_sense_are_refused(monitoring: SqlMonitoring, chan
     assert monitoring.settings("risk") == MonitorSettings()
 
 
+@pytest.mark.parametrize("changes", [{"left_out": ["incom"]}, {"effects": {"incom": 0.1}}])
+def test_settings_of_a_feature_that_no_version_has_are_refused(
+    monitoring: SqlMonitoring, changes: dict[str, Any]
+) -> None:
+    """Misspelt, they would leave the feature watched as before, and nobody would know."""
+    with pytest.raises(InvalidField, match="risk has no feature incom; it has _result, _score, income"):
+        monitoring.change_settings("risk", changes, "ann")
+
+    assert monitoring.settings("risk") == MonitorSettings()
+
+
 def test_settings_of_a_model_that_is_not_registered_are_refused(monitoring: SqlMonitoring) -> None:
     """A misspelt name must not look as if it had worked."""
     with pytest.raises(ModelUnknown):

@@ -25,7 +25,9 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
     def reports(model_id: str, kind: str, model_version: str | None, limit: int) -> Response:
         registry.list_versions(model_id)
         found = monitoring.reports(model_id, kind, model_version, limit)
-        return answer({"items": [describe_report(report) for report in found]})
+        content: dict[str, Any] = {"items": [describe_report(report) for report in found]}
+        # No report is not "no drift", and not "no errors".
+        return answer(content if found else content | {"state": "insufficient data"})
 
     @router.get("/monitoring/{model_id}/drift")
     def show_drift(

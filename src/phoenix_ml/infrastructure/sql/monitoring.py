@@ -34,6 +34,7 @@ from phoenix_ml.application.ports import (
     WatchedOutcome,
     WatchedPrediction,
 )
+from phoenix_ml.domain.baselines import RESULT, SCORE
 from phoenix_ml.domain.errors import IncidentResolved, IncidentUnknown, InvalidField, ModelUnknown
 from phoenix_ml.domain.healing import ENDED
 from phoenix_ml.domain.incidents import Alert, Incident, IncidentStatus
@@ -400,9 +401,8 @@ class SqlMonitoring:
             given | dict.fromkeys(changes.keys() - _KNOWN)
         )  # an unknown name is one without a value too
         with refusing_values(), self._database.write() as connection:
-            is_known = exists().where(models.c.id == model_id)
-            if model_id != ALL_MODELS and not connection.execute(select(is_known)).scalar_one():
-                raise ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
+            if model_id != ALL_MODELS:
+                _check_names(connection, model_id, given)
             before = _documents(connection, model_id)
             kept = {} if replace else {k: v for k, v in before.items() if k not in changes}
             after = kept | given
@@ -414,6 +414,20 @@ class SqlMonitoring:
                 connection.execute(insert(model_settings).values(row))
                 _record(connection, actor, "monitoring", model_id, after)
         return settings
+
+
+def _check_names(connection: Connection, model_id: str, changes: Mapping[str, Any]) -> None:
+    """Raises ModelUnknown, and InvalidField for a feature that no version of the model has."""
+    found = connection.execute(select(models.c.metadata).where(models.c.id == model_id)).scalars().all()
+    if not found:
+        raise ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
+    known = {SCORE, RESULT}.union(*(metadata["features"] for metadata in found))
+    for field in ("left_out", "effects"):
+        if unknown := sorted(set(changes.get(field) or ()) - known):
+            raise InvalidField(
+                f"{field}: {model_id} has no feature {', '.join(unknown)}; it has {', '.join(sorted(known))}",
+                field=field,
+            )
 
 
 _KNOWN = frozenset(MonitorSettings.__struct_fields__)
