@@ -261,6 +261,11 @@ def test_names_of_channels_hold_no_secrets_and_stay_the_same() -> None:
         ("webhook+http://[topsecret", "", "is no channel"),
         ("webhook+https:topsecret", "", "is no channel"),
         ("webhook+httpx://topsecret", "", "is no channel"),
+        ("webhook+http://hooks..example.com/topsecret", "", "is no channel"),
+        (f"webhook+https://{'x' * 70}.example.com/topsecret", "", "is no channel"),
+        ("webhook+https://xn--/topsecret", "", "is no channel"),
+        ("webhook+https://hooks.example.com:65536/topsecret", "", "is no channel"),
+        ("webhook+https://hooks.example.com:x/topsecret", "", "is no channel"),
         ("apprise+slack://topsecret", "", "does not understand"),
         ("apprise+nonsense://topsecret", "", "does not understand"),
         ("webhook+https://x.example", "not base64!", "PHOENIX_ALERTS_SECRET"),
@@ -275,6 +280,16 @@ def test_a_channel_that_cannot_be_is_refused_at_the_start(
         open_channels(alerts, secret, None)
 
     assert "topsecret" not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "host", ["hooks.example.com:8443", "bücher.example", "xn--bcher-kva.example", "[::1]:80"]
+)
+def test_a_webhook_may_be_on_any_host_that_can_be(host: str) -> None:
+    """A check that is too strict would be a company without alerts."""
+    names = channel_names(f"webhook+https://ann:secret@{host}/hook", "", has_kafka=False)
+
+    assert len(names) == 1
 
 
 def test_a_channel_that_is_named_twice_is_one() -> None:

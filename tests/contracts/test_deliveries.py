@@ -1,5 +1,6 @@
 """What waits to be told: the table's contract over SQLite and PostgreSQL, and the attempts that follow from it."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 from databases import empty
 from sample_events import AT_MS
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from phoenix_ml.application.deliver import Deliverer
 from phoenix_ml.application.ports import Delivery, DeliveryFailed
@@ -101,8 +102,11 @@ class Recorder:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.is_down = False
+        self.breaks_with: Exception | None = None
 
     def tell(self, delivery: Delivery) -> None:
+        if self.breaks_with is not None:
+            raise self.breaks_with
         if self.is_down:
             raise DeliveryFailed("connection refused")
         self.told.append(delivery.payload["title"])
@@ -173,17 +177,62 @@ def test_after_the_time_given_it_is_given_up_and_the_next_is_told(
     assert (given_up, after, deliveries.waiting()) == ((0, 0, 1), (0, 0, 0), {})
 
 
-def test_a_channel_that_breaks_ends_the_role_and_says_why(tmp_path: Path) -> None:
+def test_a_channel_that_breaks_has_failed_and_is_asked_again(
+    database: Database,
+    deliveries: SqlDeliveries,
+    make_deliverer: Callable[[Recorder, Clock], Deliverer],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its library may raise anything: the log beside it must not stop for that, nor the alert be lost."""
+    wait_for(database, "log", 1)
+    channel, clock = Recorder(), Clock()
+    channel.breaks_with = UnicodeError("https://example.com/secret")
+    deliverer = make_deliverer(channel, clock)
+
+    broken = deliverer.step()
+    with database.read() as connection:
+        on_record = connection.execute(select(table.c.error)).scalar_one()
+    channel.breaks_with = None
+    clock.now_ms += 2000
+    told = deliverer.step()
+
+    assert (broken, told, channel.told) == ((0, 1, 0), (1, 0, 0), ["0"])
+    assert on_record == "UnicodeError; the log has its traceback"
+    assert [(one.message, one.exc_info is not None) for one in caplog.records] == [
+        ("channel log has a defect", True)
+    ]
+
+
+def test_a_channel_that_goes_on_breaking_is_given_up(
+    database: Database, deliveries: SqlDeliveries, make_deliverer: Callable[[Recorder, Clock], Deliverer]
+) -> None:
+    """As one that is down."""
+    wait_for(database, "log", 1)
+    channel, clock = Recorder(), Clock()
+    channel.breaks_with = UnicodeError()
+    clock.now_ms += HOUR_MS
+
+    assert make_deliverer(channel, clock).step() == (0, 0, 1)
+    assert deliveries.waiting() == {}
+
+
+class BrokenDeliveries(SqlDeliveries):
+    """A table that has a defect for the channels, and none for who counts."""
+
+    def take(self, *_: object) -> list[Delivery]:
+        raise KeyError("created_at")
+
+
+def test_a_defect_of_the_role_itself_ends_it_and_says_why(tmp_path: Path) -> None:
     """The process must end and be started again, and not go on with one channel silent."""
     with closing(bootstrap(load_settings(data=tmp_path))) as phoenix:
         phoenix.database.upgrade()
-        unreadable = Delivery(new_id(), "log", "alert", {}, AT_MS, 0)
-        keep_waiting(phoenix.database, unreadable)
+        broken = dataclasses.replace(phoenix, deliveries=BrokenDeliveries(phoenix.database))
         stopping = threading.Event()
         with (
             MetricsWriter(tmp_path / "alert.mmap") as metrics,
-            closing(AlertRole(phoenix, metrics)) as role,
-            pytest.raises(KeyError, match="title"),
+            closing(AlertRole(broken, metrics)) as role,
+            pytest.raises(KeyError, match="created_at"),
         ):
             role.run(stopping)
 

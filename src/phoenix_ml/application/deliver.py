@@ -1,11 +1,13 @@
 """Telling people: what waits for a channel is told, again and again if need be, and not too fast."""
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable
 
-from phoenix_ml.application.ports import Channel, Deliveries, DeliveryFailed
+from phoenix_ml.application.ports import Channel, Deliveries, Delivery, DeliveryFailed
 
+log = logging.getLogger(__name__)
 # Longer than a channel takes to fail; what a killed process had in hand waits so long.
 _LEASE_MS = 60_000
 _FIRST_PAUSE_MS = 2000
@@ -49,18 +51,30 @@ class Deliverer:
                 break
             self._told_at.append(now_ms)
             (delivery,) = taken
-            try:
-                self._channel.tell(delivery)
-            except DeliveryFailed as exc:
-                again_at_ms = self._next_attempt(delivery.attempts)
-                is_late = again_at_ms > delivery.created_at_ms + self._give_up_ms
-                self._deliveries.failed(delivery, str(exc), None if is_late else again_at_ms)
-                given_up += is_late
-                failed += not is_late
-            else:
+            error = self._tell(delivery)
+            if error is None:
                 self._deliveries.delivered(delivery, self._now_ms())
                 told += 1
+            else:
+                again_at_ms = self._next_attempt(delivery.attempts)
+                is_late = again_at_ms > delivery.created_at_ms + self._give_up_ms
+                self._deliveries.failed(delivery, error, None if is_late else again_at_ms)
+                given_up += is_late
+                failed += not is_late
         return told, failed, given_up
+
+    def _tell(self, delivery: Delivery) -> str | None:
+        """Why it was not told, None where it was."""
+        try:
+            self._channel.tell(delivery)
+        except DeliveryFailed as exc:
+            return str(exc)
+        # Whatever a channel's library may raise: what else its process does, such as the log, must not end with it.
+        except Exception as exc:
+            log.exception("channel %s has a defect", self._name)
+            # Its words may hold the URL, and what it keeps secret.
+            return f"{type(exc).__name__}; the log has its traceback"
+        return None
 
     def _next_attempt(self, attempts: int) -> int:
         pause_ms = min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(attempts, 20))

@@ -251,6 +251,8 @@ def alerts_test(data: Path | None, as_json: bool) -> None:
                 outcomes[name] = "told"
             except DeliveryFailed as exc:
                 outcomes[name] = f"failed: {exc}"
+            except Exception as exc:  # noqa: BLE001 - a defect of one channel says nothing of the others
+                outcomes[name] = f"failed: a defect, {type(exc).__name__}"
             channel.close()
     if as_json:
         show_json(outcomes)

@@ -35,7 +35,8 @@ class AlertRole:
     def run(self, stopping: threading.Event) -> None:
         """Returns soon after ``stopping`` is set; what is not told by then waits in the database.
 
-        Raises what a channel raises that is no failed delivery, after ``stopping`` is set for the others.
+        Raises a defect of the role itself, after ``stopping`` is set for its other threads; whatever a channel raises
+        is a failed delivery.
         """
         with ThreadPoolExecutor(len(self._channels) + 1, "alert") as threads:
             running = [

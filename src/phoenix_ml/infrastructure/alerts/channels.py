@@ -64,15 +64,30 @@ def _name(url: str) -> str:
         host = target if kind == "apprise" else parts.hostname
     except ValueError:  # such as a bracket that is not closed
         host = None
-    if not (host and parts.netloc) or scheme not in ("webhook+http", "webhook+https", f"apprise+{target}"):
+    is_known = scheme in ("webhook+http", "webhook+https", f"apprise+{target}")
+    if not (is_known and host and parts.netloc) or (kind == "webhook" and not _can_be_asked(url)):
         raise Misconfigured(
             f"PHOENIX_ALERTS: {f'the {scheme}: URL' if colon else 'an entry without a scheme'} is no channel: give "
-            "log:, webhook+https://…, webhook+http://… or apprise+ before a URL of Apprise, such as "
+            "log:, webhook+https://HOST/…, webhook+http://HOST/… or apprise+ before a URL of Apprise, such as "
             "apprise+mailtos://…; a space or a comma in a URL is written %20 or %2C",
             setting="PHOENIX_ALERTS",
         )
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     return f"{kind}:{host[:100]}-{digest}"
+
+
+def _can_be_asked(url: str) -> bool:
+    """Whether the client and the resolver take the webhook's host and port; what they refuse is no error of the
+    network to them.
+    """
+    import httpx
+
+    try:
+        target = httpx.URL(url.removeprefix("webhook+"))
+        target.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return target.port is None or target.port < 65536
 
 
 def _open(url: str, secret: str) -> Channel:
