@@ -1064,6 +1064,16 @@ def test_a_test_alert_shows_which_channel_takes_it(run: Run, monkeypatch: pytest
     assert "no alerts" in run("alerts", "list").stdout
 
 
+def test_a_test_alert_says_which_channel_has_a_defect(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As through a proxy whose name is none; a traceback would hide what the others say."""
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy..example.com:3128")
+    monkeypatch.setenv("PHOENIX_ALERTS", "webhook+http://hooks.example.com/secret log:")
+
+    done = run("alerts", "test", "--json", code=1)
+
+    assert list(json.loads(done.stdout).values()) == ["failed: a defect, UnicodeError", "told"]
+
+
 # Processes of their own.
 
 
