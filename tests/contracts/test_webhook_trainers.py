@@ -1,10 +1,13 @@
 """Each trainer outside, held against a web server that answers as the interface of its kind is documented."""
 
 import base64
+import contextlib
 import json
 import logging
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,6 +19,7 @@ from standardwebhooks import Webhook
 from phoenix_ml.application.ports import TrainingFailed, TrainingRequest
 from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
+from phoenix_ml.infrastructure.webhooks import request_within
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "topsecret-token"
@@ -287,6 +291,47 @@ def test_a_server_that_never_answers_is_given_up() -> None:
         trainer = open_remote_trainer(f"webhook:http://{HOST}:{silent.getsockname()[1]}/", "", timeout_s=0.2)
         with pytest.raises(TrainingFailed, match="ReadTimeout"):
             trainer.ask(REQUEST)
+
+
+@contextmanager
+def trickling(start: bytes) -> Iterator[int]:
+    """The port of a server that says this to whoever calls, and then a byte now and then, until it is left."""
+    with socket.create_server((HOST, 0)) as server:
+
+        def answer() -> None:
+            caller, _ = server.accept()
+            with caller, contextlib.suppress(OSError):
+                caller.recv(65536)
+                caller.sendall(start)
+                caller.settimeout(0.05)
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        if not caller.recv(65536):
+                            return
+                    caller.sendall(b"x")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join(30)
+
+
+@pytest.mark.parametrize(
+    "start", [b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n", b"HTTP/1.1 200 OK\r\nx-slow: "]
+)
+def test_a_server_that_answers_a_byte_at_a_time_is_given_up(start: bytes) -> None:
+    """Each byte comes in time, the last one tomorrow: meanwhile no model would be healed."""
+    with trickling(start) as port:
+        trainer = open_remote_trainer(f"webhook:http://{HOST}:{port}/", "", timeout_s=0.5)
+        with pytest.raises(TrainingFailed, match=r"ReadTimeout: no whole answer within 0\.5 s"):
+            trainer.ask(REQUEST)
+
+
+def test_of_an_answer_without_end_no_more_is_read_than_is_wanted(web: Received) -> None:
+    """A server of somebody else's decides what it sends, and must not fill our memory."""
+    web.answers["POST", "/"] = (200, "x" * 1_000_000)
+
+    assert request_within(10.0, 1000, "POST", f"http://{web.host}/") == (200, b'"' + b"x" * 999)
 
 
 AIRFLOW = "write airflow:https://HOST/DAG_ID"

@@ -15,13 +15,14 @@ from phoenix_ml.application.ports import RemoteTrainer, TrainingFailed, Training
 from phoenix_ml.application.reports import iso_time
 from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.infrastructure.alerts.channels import signing_key, webhook_headers
+from phoenix_ml.infrastructure.webhooks import request_within
 
 if TYPE_CHECKING:  # imported where it is used
     import httpx
 
 T = TypeVar("T")
 _TIMEOUT_S = 10.0
-_MOST_QUOTED = 200
+_MOST_READ, _MOST_QUOTED = 1024 * 1024, 200
 _SETTING, _TOKEN_SETTING = "PHOENIX_TRAINER", "PHOENIX_TRAINER_TOKEN"
 _WANTED = {
     "webhook": "webhook:https://HOST/PATH",
@@ -241,15 +242,16 @@ class _Server:
         import httpx
 
         try:
-            with httpx.Client(timeout=self._timeout_s, follow_redirects=False) as client:
-                response = client.request(method, url, headers=headers, content=body, params=params)
+            status, answer = request_within(
+                self._timeout_s, _MOST_READ, method, url, headers=headers, content=body, params=params
+            )
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             why = self._quote(f"{type(exc).__name__}: {exc}", secrets)
             raise TrainingFailed(f"{self.host} cannot be asked: {why}") from exc
-        if not (response.is_success or response.status_code in fine):
-            said = self._quote(response.text, secrets) or "no reason given"
-            raise TrainingFailed(f"{self.host} answers HTTP {response.status_code}: {said}")
-        return response.content
+        if not (200 <= status < 300 or status in fine):
+            said = self._quote(answer.decode(errors="replace"), secrets) or "no reason given"
+            raise TrainingFailed(f"{self.host} answers HTTP {status}: {said}")
+        return answer
 
     def decode(self, answer: bytes, kind: type[T]) -> T:
         """Raises TrainingFailed where something else answers, such as the page of a login."""
