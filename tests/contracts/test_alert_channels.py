@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from email import message_from_bytes
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 from confluent_kafka import Consumer
-from receiver import Received, receiving
+from receiver import Received, receiving, trickling
 from sample_events import AT_MS
 from servers import HOST, KafkaServer, free_port, wait_until
 from standardwebhooks import Webhook
@@ -320,4 +321,23 @@ def test_a_server_that_never_answers_is_given_up() -> None:
         url = f"http://{HOST}:{silent.getsockname()[1]}/"
         webhook = WebhookChannel(url, "", timeout_s=0.2)
         with closing(webhook), pytest.raises(DeliveryFailed, match="ReadTimeout"):
+            webhook.tell(delivery())
+
+
+def test_a_server_whose_answer_trickles_has_it_when_it_has_said_so() -> None:
+    """A byte in time each time, the last one tomorrow: meanwhile another process would tell it, too."""
+    with trickling(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n") as port:
+        webhook = WebhookChannel(f"http://{HOST}:{port}/", "", timeout_s=30.0)
+        began_at_s = time.monotonic()
+
+        webhook.tell(delivery())
+
+    assert time.monotonic() - began_at_s < 10
+
+
+def test_a_server_whose_status_trickles_is_given_up() -> None:
+    """As one that never answers."""
+    with trickling(b"HTTP/1.1 200 OK\r\nx-slow: ") as port:
+        webhook = WebhookChannel(f"http://{HOST}:{port}/", "", timeout_s=0.5)
+        with pytest.raises(DeliveryFailed, match="ReadTimeout"):
             webhook.tell(delivery())

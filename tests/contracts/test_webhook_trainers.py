@@ -1,18 +1,15 @@
 """Each trainer outside, held against a web server that answers as the interface of its kind is documented."""
 
 import base64
-import contextlib
 import json
 import logging
 import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from receiver import Received, Request, receiving
+from receiver import Received, Request, receiving, trickling
 from servers import HOST, free_port
 from standardwebhooks import Webhook
 
@@ -291,29 +288,6 @@ def test_a_server_that_never_answers_is_given_up() -> None:
         trainer = open_remote_trainer(f"webhook:http://{HOST}:{silent.getsockname()[1]}/", "", timeout_s=0.2)
         with pytest.raises(TrainingFailed, match="ReadTimeout"):
             trainer.ask(REQUEST)
-
-
-@contextmanager
-def trickling(start: bytes) -> Iterator[int]:
-    """The port of a server that says this to whoever calls, and then a byte now and then, until it is left."""
-    with socket.create_server((HOST, 0)) as server:
-
-        def answer() -> None:
-            caller, _ = server.accept()
-            with caller, contextlib.suppress(OSError):
-                caller.recv(65536)
-                caller.sendall(start)
-                caller.settimeout(0.05)
-                while True:
-                    with contextlib.suppress(TimeoutError):
-                        if not caller.recv(65536):
-                            return
-                    caller.sendall(b"x")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield server.getsockname()[1]
-        thread.join(30)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A web server that stands for whoever is called over HTTP: receivers of webhooks, trainers."""
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +83,26 @@ def receiving() -> Iterator[Received]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def trickling(start: bytes) -> Iterator[int]:
+    """The port of a server that says this to whoever calls, and then a byte now and then, until it is left."""
+    with socket.create_server((HOST, 0)) as server:
+
+        def answer() -> None:
+            caller, _ = server.accept()
+            with caller, contextlib.suppress(OSError):
+                caller.recv(65536)
+                caller.sendall(start)
+                caller.settimeout(0.05)
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        if not caller.recv(65536):
+                            return
+                    caller.sendall(b"x")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join(30)
