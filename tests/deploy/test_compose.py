@@ -18,6 +18,9 @@ SECRETS = re.findall(r"^(\w+)=$", EXAMPLE, re.MULTILINE)
 # A version that is complete: neither `latest`, nor a line that moves, such as `17`.
 EXACT = re.compile(r"[\w./-]+:v?\d+\.\d+(\.\d+)?(-[a-z]+)?")
 
+# The settings of the monitor that .env may have.
+TOLD_BY_ENV = ("alerts", "trainer")
+
 
 def _config(folder: Path, environment: str) -> subprocess.CompletedProcess[str]:
     file = folder / "settings.env"
@@ -106,7 +109,38 @@ def test_only_nginx_is_reachable_from_outside(services: dict[str, Any]) -> None:
         name for name, service in services.items() if "PHOENIX_INSECURE" in service.get("environment", {})
     }
     assert insecure == {"api-1", "api-2", "log", "monitor", "migrate"}
-    assert {frozenset(services[name]["networks"]) for name in insecure} == {frozenset({"inside"})}
+    inside_only = insecure - {"monitor"}  # which asks others, and publishes no port
+    assert {frozenset(services[name]["networks"]) for name in inside_only} == {frozenset({"inside"})}
+
+
+def test_the_monitor_reaches_whom_it_alerts_and_who_trains(tmp_path: Path) -> None:
+    """What .env says of them gets there, and the way out is open; no other service is told the secrets."""
+    named = {f"PHOENIX_{name.upper()}" for name in Settings.model_fields if name.startswith(TOLD_BY_ENV)}
+    given = {name: f"{number}" for number, name in enumerate(sorted(named), 1000)}
+    passwords = EXAMPLE.replace("=\n", "=secret\n")
+
+    shown = _config(tmp_path, passwords + "".join(f"{name}={value}\n" for name, value in given.items()))
+
+    assert shown.returncode == 0, shown.stderr
+    services = yaml.safe_load(shown.stdout)["services"]
+    got = {name: service.get("environment", {}).keys() & given for name, service in services.items()}
+    assert {name for name, found in got.items() if found} == {"monitor"}
+    assert given.items() <= services["monitor"]["environment"].items()
+    assert services["monitor"]["networks"].keys() == {"inside", "outside"}
+    offered = set(re.findall(r"^# (PHOENIX_(?:ALERTS|TRAINER)\w*)=", EXAMPLE, re.MULTILINE))
+    assert offered == {
+        "PHOENIX_ALERTS",
+        "PHOENIX_ALERTS_SECRET",
+        "PHOENIX_TRAINER",
+        "PHOENIX_TRAINER_TOKEN",
+    }
+
+
+def test_what_is_not_in_env_has_its_default(services: dict[str, Any]) -> None:
+    """An empty text is no number, and no process would start."""
+    environment = services["monitor"]["environment"]
+
+    assert {environment[name] for name in environment if name[8:].lower().startswith(TOLD_BY_ENV)} == {None}
 
 
 def test_every_setting_exists(services: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ COPIED = [
     for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE)
     for word in line.split()[:-1]
 ]
-EXTRAS = ("redis", "postgres", "kafka")
+EXTRAS = ("redis", "postgres", "kafka", "alerts", "grpc")
 
 
 def _pins(name: str) -> dict[str, set[str]]:
@@ -68,7 +68,7 @@ def test_the_package_builds_from_what_is_copied(tmp_path: Path) -> None:
 
 
 def test_the_lock_has_all_that_the_servers_need() -> None:
-    """The package, its clients of Redis, PostgreSQL and Kafka, and what builds it."""
+    """The package, its clients of Redis, PostgreSQL, Kafka and people, gRPC, and what builds it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     for extra in EXTRAS:

@@ -34,9 +34,11 @@ def test_the_commands_of_the_containers_work_together(
     def as_in(service: str) -> PhoenixServer:
         settings = {}
         for name, value in SERVICES[service]["environment"].items():
+            if value is None:  # as docker-compose has .env say it, and here says nothing
+                continue
             for pattern, place in places.items():
                 value = place if re.fullmatch(pattern, value) else value  # noqa: PLW2901
-            # As docker-compose does it where .env says nothing.
+            # As docker-compose does it then.
             value = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value)  # noqa: PLW2901
             settings[name.removeprefix("PHOENIX_").lower()] = value
         # Here each listens on a port of its own, and only for this machine.
