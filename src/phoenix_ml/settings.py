@@ -152,7 +152,9 @@ class Settings(BaseSettings):
         24.0, gt=0, description="How long an alert is tried again on a channel that does not take it."
     )
     alerts_a_minute: int = Field(
-        30, ge=1, description="Most messages to one channel in a minute; the others wait."
+        30,
+        ge=1,
+        description="Most messages to one channel in a minute, from each process with the role `alert`; the others wait.",
     )
 
     trainer: str = Field(
