@@ -15,7 +15,7 @@ from phoenix_ml.application.scoring import Cells
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.features import FeatureType
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS, _RUN_ROWS = 4096, 1000
 # What is written to a Parquet file together: each call makes a row group, with dictionaries and statistics of its own.
 _GROUP_ROWS, _GROUP_BYTES = 131_072, 64 * 1024 * 1024
 Columns = dict[str, list[Any]]
@@ -30,12 +30,15 @@ class Table:
 
 
 @contextmanager
-def open_table(path: Path, *, text_columns: Sequence[str] = ()) -> Iterator[Table]:
+def open_table(
+    path: Path, *, text_columns: Sequence[str] = (), rows_at_once: int = _BATCH_ROWS
+) -> Iterator[Table]:
     """The table in a ``.csv`` or ``.parquet`` file. Raises InvalidField for what is neither.
 
-    ``text_columns`` of a CSV file are read as they stand there: ids such as 007 are no numbers.
+    ``text_columns`` of a CSV file are read as they stand there: ids such as 007 are no numbers. The batches of a
+    Parquet file have so many rows.
     """
-    with _open_arrow(path, text_columns) as (schema, batches):
+    with _open_arrow(path, text_columns, rows_at_once) as (schema, batches):
         yield Table(tuple(schema.names), ((batch.to_pydict(), share) for batch, share in batches))
 
 
@@ -48,6 +51,24 @@ def read_columns(path: Path) -> Columns:
             for name, values in batch.items():
                 columns[name].extend(values)
     return columns
+
+
+def read_spread(path: Path, most_rows: int) -> Columns:
+    """All columns of a table of any size, of so many rows at most: runs of 1,000, evenly spread, in their order."""
+    runs: list[Columns] = []
+    every = 1
+    with open_table(path, rows_at_once=_RUN_ROWS) as table:
+        for i, (run, _) in enumerate(table.batches):
+            if i % every:
+                continue
+            runs.append(run)
+            if len(runs) > 1 and sum(map(_count_rows, runs)) > most_rows:
+                runs, every = runs[::2], 2 * every
+        return {name: [value for run in runs for value in run[name]][:most_rows] for name in table.names}
+
+
+def _count_rows(columns: Columns) -> int:
+    return len(next(iter(columns.values()), ()))
 
 
 @contextmanager
