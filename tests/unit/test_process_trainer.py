@@ -10,7 +10,7 @@ from servers import wait_until
 
 from phoenix_ml.application.ports import TrainingFailed
 from phoenix_ml.domain.errors import Misconfigured
-from phoenix_ml.infrastructure.training.process import ProcessTrainer
+from phoenix_ml.infrastructure.training.process import LOG_LIMIT_BYTES, ProcessTrainer
 
 GIB = 1024**3
 
@@ -104,7 +104,32 @@ def test_output_beyond_all_measure_ends_the_command(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="output"):
         run(tmp_path, "while True: print('x' * 100_000, flush=True)")
 
-    assert (tmp_path / "log").stat().st_size < GIB
+    assert (tmp_path / "log").stat().st_size <= LOG_LIMIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("open('large', 'wb').truncate(3 * 1024**3)", "exit code 1"),
+        ("[open(name, 'wb').truncate(1500 * 1024**2) for name in 'ab']", "left more than 2147483648 bytes"),
+        (
+            "import os, time; os.mkdir('deep'); [open(f'deep/{name}', 'wb').truncate(1500 * 1024**2) for name in 'ab']; "
+            "time.sleep(600)",
+            "left more than 2147483648 bytes",
+        ),
+    ],
+)
+def test_files_beyond_all_measure_end_the_command(tmp_path: Path, program: str, words: str) -> None:
+    """What it leaves is on the same disk as the journals. (The files have holes, and take no space here.)"""
+    with pytest.raises(TrainingFailed, match=words):
+        run(tmp_path, program)
+
+
+def test_a_command_is_what_the_kernel_ends_where_memory_runs_out(tmp_path: Path) -> None:
+    """By itself it may choose the process that writes the log."""
+    looks = "import time\nwhile open('/proc/self/oom_score_adj').read() != '1000\\n': time.sleep(0.01)\n"
+
+    assert run(tmp_path, looks) == ""
 
 
 def test_a_command_that_is_not_there_is_said_so(tmp_path: Path) -> None:

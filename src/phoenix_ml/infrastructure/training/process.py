@@ -1,5 +1,6 @@
 """A trainer that is a command of the user's: run with limits, its output kept, and gone when its healer is."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -7,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
@@ -19,6 +20,8 @@ _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec, beside other threads, nothing may be imported.
 _LIBC = ctypes.CDLL(None)
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
+# Of each file that it writes, and of all that it leaves.
+OUT_LIMIT_BYTES = 2 * 1024 * 1024 * 1024
 FIELDS = ("export", "out", "model", "version")
 
 
@@ -26,7 +29,8 @@ class ProcessTrainer:
     """Runs ``COMMAND`` with ``{export}``, ``{out}``, ``{model}`` and ``{version}`` filled in.
 
     The command runs without a shell, in ``out``, in a process group of its own; it has ended with the group when
-    ``train`` returns. ``memory_bytes`` limits the address space of each of its processes.
+    ``train`` returns. What has made itself a session of its own (setsid) goes on. ``memory_bytes`` limits the address
+    space of each of its processes.
     """
 
     def __init__(self, command: str, *, limit_s: float, memory_bytes: int | None) -> None:
@@ -51,42 +55,88 @@ class ProcessTrainer:
         ``keep_going`` is asked a few times a second; the command is ended when it says no.
         """
         words = [word.format_map(fields) for word in self._words]
-        give_up_at = time.monotonic() + self._limit_s
-        with log_path.open("wb") as log:
-            try:
-                process = subprocess.Popen(  # noqa: S603 - the user's own command, from the settings
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=fields["out"],
-                    start_new_session=True,
-                    preexec_fn=self._limit,  # noqa: PLW1509 - calls the C library only
-                )
-            except OSError as exc:
-                raise TrainingFailed(f"{words[0]} cannot be started: {exc.strerror}") from exc
-            watcher = _watch_over(process.pid)
-            try:
-                while process.poll() is None:
-                    if time.monotonic() > give_up_at:
-                        raise TrainingFailed(f"it took longer than the {self._limit_s:g} s that it has")
-                    if not keep_going():
-                        raise TrainingStopped("the healer stops")
-                    if log_path.stat().st_size > LOG_LIMIT_BYTES:
-                        raise TrainingFailed(f"it has written more than {LOG_LIMIT_BYTES} bytes of output")
-                    with_patience(process, _LOOK_EVERY_S)
-            finally:
-                end_group(process)
-                watcher.kill()
-                watcher.communicate()
-        if process.returncode:
-            raise TrainingFailed(_describe_end(process.returncode))
+        out = Path(fields["out"])
+        run_limited(words, log_path, keep_going, self._limit_s, self._memory_bytes, cwd=out, out=out)
 
-    def _limit(self) -> None:
-        """In the new process, before the command: it ends with its healer, and takes no more memory than it may."""
+
+def run_limited(
+    words: Sequence[str],
+    log_path: Path,
+    keep_going: Callable[[], bool],
+    limit_s: float,
+    memory_bytes: int | None,
+    *,
+    cwd: Path | None = None,
+    out: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Returns when the program has ended well, with its group; what is in ``out`` is limited. Raises TrainingFailed."""
+
+    def limit() -> None:
+        """In the new process, before the program: it ends with its healer, and takes no more than it may."""
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if self._memory_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (OUT_LIMIT_BYTES, OUT_LIMIT_BYTES))
+        if memory_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+    give_up_at = time.monotonic() + limit_s
+    with log_path.open("wb") as log:
+        try:
+            process = subprocess.Popen(  # noqa: S603 - the user's own command, from the settings, or a program of ours
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=limit,  # noqa: PLW1509 - calls the C library only
+            )
+        except OSError as exc:
+            raise TrainingFailed(f"{words[0]} cannot be started: {exc.strerror}") from exc
+        watcher = _watch_over(process.pid)
+        _offer_to_the_kernel(process.pid)
+        try:
+            while process.poll() is None:
+                if time.monotonic() > give_up_at:
+                    raise TrainingFailed(f"it took longer than the {limit_s:g} s that it has")
+                if not keep_going():
+                    raise TrainingStopped("the healer stops")
+                _check_sizes(log_path, out)
+                with_patience(process, _LOOK_EVERY_S)
+            _check_sizes(log_path, out)
+        finally:
+            end_group(process)
+            watcher.kill()
+            watcher.communicate()
+            # Between two looks it may have written more.
+            if log_path.stat().st_size > LOG_LIMIT_BYTES:
+                os.truncate(log_path, LOG_LIMIT_BYTES)
+    if process.returncode:
+        raise TrainingFailed(_describe_end(process.returncode))
+
+
+def _check_sizes(log_path: Path, out: Path | None) -> None:
+    if log_path.stat().st_size > LOG_LIMIT_BYTES:
+        raise TrainingFailed(f"it has written more than {LOG_LIMIT_BYTES} bytes of output")
+    if out is not None and _size_of(out) > OUT_LIMIT_BYTES:
+        raise TrainingFailed(f"it has left more than {OUT_LIMIT_BYTES} bytes in {{out}}")
+
+
+def _size_of(folder: Path) -> int:
+    """What the files in the folder take, links not followed; what goes away meanwhile takes nothing."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += Path(path, name).lstat().st_size
+    return size
+
+
+def _offer_to_the_kernel(pid: int) -> None:
+    """Where memory runs out this process is to be ended first, not the one that writes the log."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def _watch_over(group: int) -> "subprocess.Popen[bytes]":
