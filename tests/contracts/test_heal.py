@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,31 @@ from phoenix_ml.application.catalogue import Reference, Registration, activate, 
 from phoenix_ml.application.export import is_held_out
 from phoenix_ml.application.heal import Healer, HealerSettings
 from phoenix_ml.application.monitoring import Monitor
-from phoenix_ml.application.ports import IncidentQuery, RecordedEvent, RemoteTrainer, TrainingRequest
+from phoenix_ml.application.ports import (
+    IncidentQuery,
+    JobQuery,
+    MonitorStep,
+    RecordedEvent,
+    RemoteTrainer,
+    TrainingRequest,
+    TrainingStopped,
+)
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
+from phoenix_ml.application.trial import Findings, Trial, try_out
 from phoenix_ml.bootstrap import Phoenix, bootstrap
-from phoenix_ml.domain.errors import ArtifactStoreUnavailable, JobConflict
+from phoenix_ml.domain.errors import ArtifactStoreUnavailable, DatabaseUnavailable, JobConflict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
+from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.incidents import Incident, IncidentKind, IncidentStatus, Severity
 from phoenix_ml.domain.models import ModelVersion, Stage
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
 from phoenix_ml.infrastructure.sql.registry import SqlRegistry
-from phoenix_ml.infrastructure.tables import read_columns, write_table
+from phoenix_ml.infrastructure.tables import read_columns, read_spread, write_table
 from phoenix_ml.infrastructure.training.process import ProcessTrainer
 from phoenix_ml.infrastructure.training.webhook import open_remote_trainer
 from phoenix_ml.settings import fixed_settings
@@ -94,7 +106,7 @@ def log_predictions(
 
 def healer(phoenix: Phoenix, folder: Path, program: str, clock: Clock | None = None) -> Healer:
     """Its trainer is a Python program that finds the three models beside it."""
-    for name, model in (("right", RIGHT), ("wrong", WRONG)):
+    for name, model in (("right", RIGHT), ("wrong", WRONG), ("two", onnx_models.multi_output_regressor(2))):
         onnx_models.write(folder / f"{name}.onnx", model)
     script = folder / "train.py"
     script.write_text(
@@ -115,12 +127,19 @@ def healer_with(
         phoenix.engines,
         phoenix.prediction_log,
         trainer,
+        TrialsInline(),
         HealerSettings(folder / "healing"),
         owner="healer-1",
         now_ms=clock or Clock(),
         write_table=write_table,
-        read_columns=read_columns,
     )
+
+
+class TrialsInline:
+    """In the test's own process, which is quicker to start."""
+
+    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+        return try_out(OnnxEngines(), trial, read_spread)
 
 
 def ask(phoenix: Phoenix, **facts: Any) -> SqlRetrainJobs:
@@ -131,6 +150,7 @@ def ask(phoenix: Phoenix, **facts: Any) -> SqlRetrainJobs:
 
 
 TAKES = "shutil.copy(f'{here}/%s.onnx', f'{out}/model.onnx')"
+KEEPS = "shutil.copy(export, f'{here}/kept.parquet')"
 
 
 def test_a_better_model_becomes_a_shadow_beside_the_champion(phoenix: Phoenix, tmp_path: Path) -> None:
@@ -156,9 +176,9 @@ def test_the_trainer_never_sees_what_versions_are_compared_over(phoenix: Phoenix
     """A model that has learned the answers by heart would win every comparison."""
     ask(phoenix)
 
-    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+    healer(phoenix, tmp_path, f"{KEEPS}; {TAKES % 'right'}").step(lambda: True)
 
-    exported = read_columns(next((tmp_path / "healing").glob("*/export.parquet")))
+    exported = read_columns(tmp_path / "kept.parquet")
     assert len(exported["_prediction_id"]) == pytest.approx(ROWS * 0.8, abs=50)
     assert not any(map(is_held_out, exported["_prediction_id"]))
 
@@ -169,9 +189,9 @@ def test_a_retrained_version_is_held_to_what_it_does_on_rows_that_it_has_not_lea
     """By its own training rows it would be held to less errors than it can do, and be blamed at once."""
     ask(phoenix)
 
-    healer(phoenix, tmp_path, TAKES % "right").step(lambda: True)
+    healer(phoenix, tmp_path, f"{KEEPS}; {TAKES % 'right'}").step(lambda: True)
 
-    exported = read_columns(next((tmp_path / "healing").glob("*/export.parquet")))
+    exported = read_columns(tmp_path / "kept.parquet")
     trained_on = len(exported["_prediction_id"])
     baseline = phoenix.registry.get("risk", "1.1.0").metadata.baseline
     assert baseline is not None
@@ -185,6 +205,17 @@ def test_a_retrained_version_is_held_to_what_it_does_on_rows_that_it_has_not_lea
         (TAKES % "wrong", JobStatus.REJECTED, "it is worse than 1.0.0: 6 against 2.75"),
         (TAKES % "champion", JobStatus.REJECTED, "it is the very file of 1.0.0"),
         ("open(f'{out}/model.onnx', 'wb').write(b'garbage')", JobStatus.REJECTED, "not an ONNX model"),
+        (TAKES % "two", JobStatus.REJECTED, "several answers a row"),
+        (
+            f"{TAKES % 'right'}; open(f'{{out}}/features.json', 'wb').write(bytes([123, 34, 255, 34, 58]))",
+            JobStatus.REJECTED,
+            "features.json is no feature contract",
+        ),
+        (
+            f"{TAKES % 'right'}; open(f'{{out}}/features.json', 'w').truncate(2_000_000)",
+            JobStatus.REJECTED,
+            "features.json has more than 1048576 bytes",
+        ),
         ("raise SystemExit(3)", JobStatus.REQUESTED, "exit code 3"),
         ("pass", JobStatus.REQUESTED, "left no model.onnx"),
     ],
@@ -269,26 +300,58 @@ def test_the_models_policy_says_what_a_challenger_does(
     assert phoenix.registry.get("risk", "1.1.0").stage is Stage.STAGING
 
 
-def test_a_healer_that_died_after_registering_is_followed_by_one_that_finishes(
+class LosesDatabase(SqlRetrainJobs):
+    """The database goes away, once, just before a job becomes this."""
+
+    def __init__(self, phoenix: Phoenix, before: JobStatus) -> None:
+        super().__init__(phoenix.database)
+        self._before: JobStatus | None = before
+
+    def move(self, job: RetrainJob, status: JobStatus, at_ms: int, **facts: Any) -> RetrainJob | None:
+        if status is self._before:
+            self._before = None
+            raise DatabaseUnavailable("the database is away")
+        return super().move(job, status, at_ms, **facts)
+
+
+@pytest.mark.parametrize("before", [JobStatus.CHECKING, JobStatus.REGISTERED])
+def test_a_database_that_is_away_for_a_moment_costs_no_second_training(
+    phoenix: Phoenix, tmp_path: Path, before: JobStatus
+) -> None:
+    """A training is hours of work; and there is exactly one challenger, whatever goes away in between."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    doctor = healer(phoenix, tmp_path, f"open(f'{{here}}/runs', 'a').write('x'); {TAKES % 'right'}", clock)
+    doctor._jobs = LosesDatabase(phoenix, before)
+    with pytest.raises(DatabaseUnavailable):
+        doctor.step(lambda: True)
+    clock.now_ms += 60_000
+    doctor.step(lambda: True)
+
+    job = jobs.get("a" * 32)
+    assert (job.status, job.attempts, job.new_version) == (JobStatus.REGISTERED, 1, "1.1.0")
+    assert (tmp_path / "runs").read_text() == "x"
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
+
+
+def test_a_model_that_was_changed_since_its_training_is_not_taken_for_it(
     phoenix: Phoenix, tmp_path: Path
 ) -> None:
-    """Exactly one challenger, whatever dies in between."""
+    """Half of a file may be left where a disk was full."""
     jobs = ask(phoenix)
     clock = Clock()
     doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
-    done = doctor.step(lambda: True)
-    assert done is not None
-    died_before_its_end = msgspec.structs.replace(
-        done, id="b" * 32, status=JobStatus.CHECKING, owner="gone", owned_until_ms=0
+    doctor._jobs = LosesDatabase(phoenix, JobStatus.CHECKING)
+    with pytest.raises(DatabaseUnavailable):
+        doctor.step(lambda: True)
+    (tmp_path / "healing" / ("a" * 32) / "out" / "model.onnx").write_bytes(RIGHT[:100])
+    clock.now_ms += 60_000
+    doctor.step(lambda: True)
+
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).error) == (
+        JobStatus.REQUESTED,
+        "the healer that had it is gone",
     )
-    jobs.add(died_before_its_end)
-    (tmp_path / "healing" / ("a" * 32)).rename(tmp_path / "healing" / ("b" * 32))
-
-    again = doctor.step(lambda: True)
-
-    assert again is not None
-    assert (again.status, again.new_version) == (JobStatus.REGISTERED, "1.1.0")
-    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
 
 
 def test_a_healer_that_has_lost_its_job_leaves_it_to_the_one_that_has_it(
@@ -319,6 +382,308 @@ def test_a_stop_of_the_healer_is_no_failed_attempt(phoenix: Phoenix, tmp_path: P
 
     job = jobs.get("a" * 32)
     assert (job.status, job.attempts, job.not_before_ms <= Clock.now_ms) == (JobStatus.REQUESTED, 0, True)
+
+
+class Trying(TrialsInline):
+    """Something happens while the model is tried out."""
+
+    def __init__(self, happens: Callable[[Callable[[], bool]], object]) -> None:
+        self._happens = happens
+
+    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+        self._happens(keep_going)
+        return super().run(trial, log_path, keep_going)
+
+
+def two_healers(phoenix: Phoenix, folder: Path, clock: Clock) -> tuple[Healer, Healer]:
+    first, second = (healer(phoenix, folder / name, TAKES % "right", clock) for name in ("a", "b"))
+    second._owner = "healer-2"
+    return first, second
+
+
+def test_a_check_that_takes_longer_than_a_lease_keeps_its_job(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Else another healer would train the model a second time, and one of two versions would have no job."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    first, second = two_healers(phoenix, tmp_path, clock)
+    taken: list[RetrainJob | None] = []
+
+    def last_long(keep_going: Callable[[], bool]) -> None:
+        for _ in range(10):
+            clock.now_ms += 30_000
+            assert keep_going()
+            taken.append(second.step(lambda: True))
+
+    first._trials = Trying(last_long)
+    done = first.step(lambda: True)
+
+    assert taken == [None] * 10
+    assert done == jobs.get("a" * 32)
+    assert done.status is JobStatus.REGISTERED
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
+
+
+def test_a_healer_that_was_frozen_while_it_checked_registers_nothing(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A machine that sleeps renews no lease, and wakes in the middle of another healer's work."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    first, second = two_healers(phoenix, tmp_path, clock)
+
+    def sleep(_: Callable[[], bool]) -> None:
+        clock.now_ms += 61_000
+        assert second.step(lambda: True) is not None
+
+    first._trials = Trying(sleep)
+    assert first.step(lambda: True) is None
+    meanwhile = [one.version for one in phoenix.registry.list_versions("risk")]
+    clock.now_ms += 3_600_000
+    second.step(lambda: True)
+
+    assert meanwhile == ["1.0.0"]
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).new_version) == (JobStatus.REGISTERED, "1.1.0")
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0", "1.1.0"]
+
+
+def test_a_healer_that_was_frozen_while_it_registered_routes_nothing(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """Meanwhile somebody may have ended the job, or chosen another routing because of it."""
+    jobs = ask(phoenix)
+    clock = Clock()
+    first, _ = two_healers(phoenix, tmp_path, clock)
+
+    class Sleeps(SqlRegistry):
+        def add(self, version: ModelVersion, actor: str) -> None:
+            super().add(version, actor)
+            clock.now_ms += 61_000
+            assert jobs.lease("healer-2", clock.now_ms, clock.now_ms + 60_000) is not None
+
+    first._registry = Sleeps(phoenix.database)
+
+    assert first.step(lambda: True) is None
+    assert jobs.get("a" * 32).owner == "healer-2"
+    assert phoenix.registry.routings() == {}
+
+
+def test_a_stop_during_the_check_costs_no_training(phoenix: Phoenix, tmp_path: Path) -> None:
+    """What is trained is checked again by whoever comes next, at once."""
+    jobs = ask(phoenix)
+    doctor = healer(phoenix, tmp_path, f"open(f'{{here}}/runs', 'a').write('x'); {TAKES % 'right'}")
+
+    def stop(_: Callable[[], bool]) -> None:
+        raise TrainingStopped("the healer stops")
+
+    doctor._trials = Trying(stop)
+    for _ in range(4):
+        assert doctor.step(lambda: True) is None
+    doctor._trials = TrialsInline()
+    doctor.step(lambda: True)
+
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).attempts) == (JobStatus.REGISTERED, 1)
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+class KilledByTheKernel(BaseException):
+    """As memory runs out: nothing of the healer runs after it."""
+
+
+def test_a_check_that_kills_its_healer_again_and_again_comes_to_an_end(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """The healer's process writes the log: it would be restarted for ever."""
+    jobs = ask(phoenix)
+    clock = Clock()
+
+    def die(_: Callable[[], bool]) -> None:
+        raise KilledByTheKernel
+
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    doctor._trials = Trying(die)
+    for _ in range(3):
+        with pytest.raises(KilledByTheKernel):
+            doctor.step(lambda: True)
+        clock.now_ms += 60_000
+    doctor.step(lambda: True)
+
+    job = jobs.get("a" * 32)
+    assert (job.status, job.error) == (
+        JobStatus.FAILED,
+        "its check has begun 3 times, and come to no end",
+    )
+
+
+def test_a_defect_ends_the_job_and_not_the_process(
+    phoenix: Phoenix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log and the monitor are in the same process, which would be restarted with the same job for ever."""
+    jobs = ask(phoenix)
+    clock = Clock()
+
+    def fail(_: Callable[[], bool]) -> None:
+        raise ZeroDivisionError("a defect")
+
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    doctor._trials = Trying(fail)
+    for _ in range(3):
+        doctor.step(lambda: True)
+        clock.now_ms += 3_600_000
+
+    job = jobs.get("a" * 32)
+    assert (job.status, job.attempts) == (JobStatus.FAILED, 3)
+    assert "ZeroDivisionError: a defect" in str(job.error)
+    assert "Traceback" in caplog.text
+
+
+# What the monitor has seen since it asked, and what people have said.
+
+
+def open_incident(phoenix: Phoenix, cause: str) -> None:
+    found = Incident(
+        id=new_id(),
+        model_id="risk",
+        model_version="1.0.0",
+        kind=IncidentKind(cause.partition(":")[0]),
+        cause=cause,
+        severity=Severity.CRITICAL,
+        summary="income comes in another unit",
+        evidence={},
+        status=IncidentStatus.OPEN,
+        opened_at_ms=AT_MS,
+        updated_at_ms=AT_MS,
+    )
+    was = phoenix.monitoring.standings()["risk"].position
+    now = msgspec.structs.replace(was, seq=was.seq + 1)
+    assert phoenix.monitoring.commit(MonitorStep("risk", was, now, b"", AT_MS, opened=(found,)))
+
+
+@pytest.mark.parametrize(
+    ("cause", "evidence", "status"),
+    [
+        ("schema:income:unit", {"drifted": ["income"]}, JobStatus.REJECTED),
+        ("schema:income:range", {"drifted": ["income"]}, JobStatus.REGISTERED),
+        ("drift:income", {"drifted": ["income"]}, JobStatus.REGISTERED),
+        ("schema:income:unit", {}, JobStatus.REGISTERED),  # a person has asked
+    ],
+)
+def test_nothing_is_trained_on_data_that_has_turned_out_to_be_broken(
+    phoenix: Phoenix, tmp_path: Path, cause: str, evidence: dict[str, Any], status: JobStatus
+) -> None:
+    """The monitor may ask, and see a day later that amounts come in another unit."""
+    jobs = ask(phoenix, evidence=evidence)
+    open_incident(phoenix, cause)
+
+    healer(phoenix, tmp_path, f"open(f'{{here}}/runs', 'a').write('x'); {TAKES % 'right'}").step(lambda: True)
+
+    job = jobs.get("a" * 32)
+    assert job.status is status
+    assert (tmp_path / "runs").exists() is (status is JobStatus.REGISTERED)
+    if status is JobStatus.REJECTED:
+        assert job.error == "its data is broken, which no model must learn: schema:income:unit is open"
+
+
+def test_a_model_whose_data_turns_out_to_be_broken_while_it_is_trained_is_not_registered(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """A training takes hours, in which the monitor goes on watching."""
+    jobs = ask(phoenix, evidence={"drifted": ["income"]})
+    doctor = healer(phoenix, tmp_path, TAKES % "right")
+    doctor._trials = Trying(lambda _: open_incident(phoenix, "schema:income:unit"))
+
+    doctor.step(lambda: True)
+
+    assert jobs.get("a" * 32).status is JobStatus.REJECTED
+    assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0"]
+
+
+@pytest.mark.parametrize("paused", ["risk", "*"])
+def test_what_the_monitor_has_asked_for_waits_while_healing_is_paused(
+    phoenix: Phoenix, tmp_path: Path, paused: str
+) -> None:
+    """Whoever pauses does not want a challenger in an hour, because a request stood in the queue."""
+    jobs = ask(phoenix, evidence={"drifted": ["income"]})
+    clock = Clock()
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    phoenix.monitoring.change_settings(paused, {"healing_paused": True}, "ann")
+    doctor.step(lambda: True)
+    waits, at_once = jobs.get("a" * 32), doctor.step(lambda: True)
+
+    phoenix.monitoring.change_settings(paused, {"healing_paused": None}, "ann")
+    clock.now_ms += 60_000
+    doctor.step(lambda: True)
+
+    assert (waits.status, waits.attempts, waits.error) == (
+        JobStatus.REQUESTED,
+        0,
+        "healing is paused: heal resume, or heal run",
+    )
+    assert at_once is None
+    assert (jobs.get("a" * 32).status, jobs.get("a" * 32).error) == (JobStatus.REGISTERED, None)
+
+
+def test_what_a_person_asks_for_goes_on_while_healing_is_paused(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The pause is of what the monitor asks; and a request of the monitor's that waits must not hide the person's."""
+    jobs = ask(phoenix, evidence={"drifted": ["income"]})
+    phoenix.monitoring.change_settings("risk", {"healing_paused": True}, "ann")
+
+    asked, is_new = ask_as_ann(phoenix)
+    doctor = healer(phoenix, tmp_path, TAKES % "right")
+    doctor.step(lambda: True)
+    doctor.step(lambda: True)
+
+    assert is_new
+    assert (jobs.get("a" * 32).status, jobs.get(asked.id).status) == (
+        JobStatus.REQUESTED,
+        JobStatus.REGISTERED,
+    )
+
+
+# Whether the file answers as the library that it was made with.
+
+
+def sample(results: str) -> str:
+    """Leaves a sample of 200 rows for which the trainer's own library answers this."""
+    return (
+        f"{TAKES % 'right'}; import numpy as np, pyarrow as pa, pyarrow.parquet as pq; "
+        "a, b = np.random.default_rng(3).normal(size=(2, 200)).astype('float32'); right = 0.5 * a - b + 3; "
+        f"pq.write_table(pa.table({{'age': a, 'income': b, '_result': {results}}}), f'{{out}}/sample.parquet')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ("right", None),
+        ("right * 1.0005", None),
+        ("np.where(np.arange(200) < 2, 99.0, right)", None),
+        ("np.where(np.arange(200) < 3, 99.0, right)", "3 of 200 rows of its sample differ, such as row 1, "),
+        ("right * 1.01", "rows of its sample differ"),
+        ("np.where(np.arange(200) < 3, np.nan, right)", "200 of 200 rows"),
+        ("['x'] * 200", "the trainer's sample cannot be compared"),
+    ],
+)
+def test_a_file_that_answers_otherwise_than_its_library_is_rejected(
+    phoenix: Phoenix, tmp_path: Path, results: str, words: str | None
+) -> None:
+    """A conversion that loses a category is a worse model than the one that was trained, if not worse than the champion."""
+    ask(phoenix)
+
+    job = healer(phoenix, tmp_path, sample(results)).step(lambda: True)
+
+    assert job is not None
+    assert job.status is (JobStatus.REJECTED if words else JobStatus.REGISTERED)
+    assert (words or "") in str(job.error)
+
+
+def test_a_job_that_has_ended_leaves_its_logs_and_no_more(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Exports and models of a year would fill the disk, which stops the journals."""
+    ask(phoenix)
+
+    healer(phoenix, tmp_path, f"print('well done'); {TAKES % 'right'}").step(lambda: True)
+
+    left = [path for path in (tmp_path / "healing").rglob("*") if path.is_file()]
+    assert [(path.name, path.read_text()) for path in left] == [("trainer.log", "well done\n")]
 
 
 def test_a_champion_that_was_replaced_meanwhile_does_not_come_back(phoenix: Phoenix, tmp_path: Path) -> None:
@@ -627,10 +992,42 @@ def test_a_person_asks_for_a_retraining_of_the_champion(phoenix: Phoenix) -> Non
     """Whatever the monitor thinks; who it was stands in the job."""
     jobs = SqlRetrainJobs(phoenix.database)
 
-    job = ask_for_retraining(phoenix.registry, jobs, "risk", "ann", AT_MS)
+    job, is_new = ask_as_ann(phoenix)
 
+    assert is_new
     assert (job.model_version, job.reason, job.status) == ("1.0.0", "asked for by ann", JobStatus.REQUESTED)
     assert jobs.get(job.id) == job
+
+
+def ask_as_ann(phoenix: Phoenix) -> tuple[RetrainJob, bool]:
+    jobs = SqlRetrainJobs(phoenix.database)
+    return ask_for_retraining(phoenix.registry, jobs, phoenix.monitoring, "risk", "ann", AT_MS)
+
+
+def test_who_asks_for_what_is_under_way_is_told_of_that(phoenix: Phoenix, tmp_path: Path) -> None:
+    """Two trainings of one champion are one too many; when it has ended, a new one may be asked for."""
+    first, _ = ask_as_ann(phoenix)
+    second = ask_as_ann(phoenix)
+    healer(phoenix, tmp_path, TAKES % "wrong").step(lambda: True)
+    third, is_new = ask_as_ann(phoenix)
+
+    assert second == (first, False)
+    assert is_new
+    assert third.id != first.id
+
+
+def test_two_who_ask_at_once_ask_for_one(phoenix: Phoenix) -> None:
+    """Neither sees the other's job before there is one."""
+
+    class Blind(SqlRetrainJobs):
+        def page(self, query: JobQuery) -> list[RetrainJob]:
+            return []
+
+    where = phoenix.registry, Blind(phoenix.database), phoenix.monitoring
+    first, _ = ask_for_retraining(*where, "risk", "ann", AT_MS)
+    second = ask_for_retraining(*where, "risk", "bob", AT_MS)
+
+    assert second == (first, False)
 
 
 # What people are told.

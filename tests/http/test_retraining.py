@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,20 +17,26 @@ MODEL = onnx_models.linear_regressor(2, bias=3.0)
 
 
 @pytest.fixture(scope="module")
-def lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerLane]:
-    folder = tmp_path_factory.mktemp("retrained")
-    server = PhoenixServer(folder, roles="log")
-    server.register(onnx_models.write(folder / "m.onnx", onnx_models.linear_regressor(2)), "risk", "1.0.0")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
+    server = PhoenixServer(tmp_path_factory.mktemp("retrained"), roles="log")
     with server:
-        opened = ServerLane(server.url)
-        yield opened
-        opened.close()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lane(server: PhoenixServer) -> Iterator[ServerLane]:
+    opened = ServerLane(server.url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
-def job(lane: ServerLane) -> dict[str, Any]:
-    """One that was just asked for."""
-    asked: dict[str, Any] = ok(lane.request("POST", "/retrain-jobs", json={"model_id": "risk"}), 202)
+def job(server: PhoenixServer, lane: ServerLane, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One that was just asked for, of a model of the test's own."""
+    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
+    model = onnx_models.write(server.folder / "m.onnx", onnx_models.linear_regressor(2))
+    server.register(model, name, "1.0.0")
+    asked: dict[str, Any] = ok(lane.request("POST", "/retrain-jobs", json={"model_id": name}), 202)
     return asked
 
 
@@ -42,13 +49,20 @@ def test_a_retraining_that_is_asked_for_is_listed_with_who_asked(
     lane: ServerLane, job: dict[str, Any]
 ) -> None:
     """Whoever comes next sees that it is under way."""
-    listed = ok(lane.request("GET", "/retrain-jobs?model_id=risk"))["items"]
+    listed = ok(lane.request("GET", f"/retrain-jobs?model_id={job['model_id']}"))["items"]
 
     assert job["status"] == "requested"
     assert job["reason"].startswith("asked for by ")
-    assert listed[0] == job
+    assert listed == [job]
     assert ok(lane.request("GET", f"/retrain-jobs/{job['job_id']}")) == job
     assert ok(lane.request("GET", "/retrain-jobs?model_id=other")) == {"items": []}
+
+
+def test_a_retraining_that_is_under_way_is_not_asked_for_twice(lane: ServerLane, job: dict[str, Any]) -> None:
+    """A script that got no answer sends again, and hears of the same job."""
+    again = ok(lane.request("POST", "/retrain-jobs", json={"model_id": job["model_id"]}), 200)
+
+    assert again == job
 
 
 def test_a_model_that_is_handed_in_waits_to_be_checked(lane: ServerLane, job: dict[str, Any]) -> None:

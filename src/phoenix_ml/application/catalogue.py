@@ -89,6 +89,13 @@ class Reference(msgspec.Struct, frozen=True):
         return self.columns[name]
 
 
+class Described(msgspec.Struct, frozen=True):
+    """What was found of an artifact. ``columns`` is the file of its reference's columns, where it has a reference."""
+
+    metadata: Metadata
+    columns: Path | None = None
+
+
 def register(
     registry: Registry,
     artifacts: ArtifactStore,
@@ -98,12 +105,13 @@ def register(
     *,
     actor: str,
     reference: Reference | None = None,
+    described: Described | None = None,
 ) -> ModelVersion:
     """The registered version: its artifact stored, loaded and run on sample rows, and over its reference.
 
-    The same version with the same bytes is a no-op that repairs a damaged artifact. Raises VersionConflict
-    for other bytes, or for another feature contract, and ModelRefused with the runtime's own words for
-    what will not run; nothing of it was stored then.
+    An artifact that is ``described`` already is neither loaded nor run. The same version with the same bytes is a
+    no-op that repairs a damaged artifact. Raises VersionConflict for other bytes, or for another feature contract,
+    and ModelRefused with the runtime's own words for what will not run; nothing of it was stored then.
     """
     check_model_id(registration.id)
     check_version(registration.version)
@@ -115,10 +123,10 @@ def register(
         return existing
     # Looked at before it is stored: what is refused need not be taken away, which another version of the
     # same bytes, registered at this moment, would miss.
-    metadata = _describe(engines, artifact, registration, reference)
-    if reference is not None and metadata.baseline is not None:
-        baseline = _keep_columns(artifacts, metadata, metadata.baseline, reference)
-        metadata = msgspec.structs.replace(metadata, baseline=baseline)
+    with tempfile.TemporaryDirectory() as folder:
+        if described is None:
+            described = describe(engines, artifact, registration, reference, Path(folder))
+        metadata = _keep_columns(artifacts, described)
     version = ModelVersion(
         model_id=registration.id,
         version=registration.version,
@@ -210,6 +218,20 @@ def _find(registry: Registry, registration: Registration) -> ModelVersion | None
         return registry.get(registration.id, registration.version)
     except NotFound:
         return None
+
+
+def describe(
+    engines: Engines, path: Path, registration: Registration, reference: Reference | None, folder: Path
+) -> Described:
+    """The artifact, loaded and run; columns of its reference are a file in the folder. Raises ModelRefused."""
+    metadata = _describe(engines, path, registration, reference)
+    if reference is None or metadata.baseline is None:
+        return Described(metadata)
+    columns = folder / "reference.npz"
+    write_reference(
+        columns, reference_columns(reference.columns, metadata.contract, elements=_elements(metadata))
+    )
+    return Described(metadata, columns)
 
 
 def _describe(
@@ -335,16 +357,14 @@ def _extended(known: list[T] | None, more: list[T] | None) -> list[T] | None:
     return None if known is None or more is None else known + more
 
 
-def _keep_columns(
-    artifacts: ArtifactStore, metadata: Metadata, baseline: Baseline, reference: Reference
-) -> Baseline:
-    """The baseline, which knows where the reference's columns are stored: exact statistics need them."""
-    arrays = reference_columns(reference.columns, metadata.contract, elements=_elements(metadata))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "reference.npz"
-        write_reference(path, arrays)
-        stored = artifacts.put(path)
-    return msgspec.structs.replace(baseline, reference_uri=stored.uri, reference_sha256=stored.sha256)
+def _keep_columns(artifacts: ArtifactStore, described: Described) -> Metadata:
+    """The metadata, which knows where the reference's columns are stored: exact statistics need them."""
+    metadata, baseline = described.metadata, described.metadata.baseline
+    if described.columns is None or baseline is None:
+        return metadata
+    stored = artifacts.put(described.columns)
+    baseline = msgspec.structs.replace(baseline, reference_uri=stored.uri, reference_sha256=stored.sha256)
+    return msgspec.structs.replace(metadata, baseline=baseline)
 
 
 def _try_out(

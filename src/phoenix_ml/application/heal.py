@@ -2,8 +2,10 @@
 
 One ``Healer`` takes one job at a time. Each step is stored before the next begins, so that a healer which is killed leaves
 a job that another one finishes; what a job registers is found again by its digest, so that nothing is registered twice.
+The lease on the job is renewed while it is worked on, and looked at again before anything becomes of the model.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -18,7 +20,6 @@ from msgspec import Struct
 
 from phoenix_ml.application.catalogue import (
     SCORED_ROWS,
-    Reference,
     Registration,
     activate,
     register,
@@ -27,7 +28,6 @@ from phoenix_ml.application.catalogue import (
 )
 from phoenix_ml.application.export import (
     OUTCOME_COLUMN,
-    TIME_COLUMN,
     export_columns,
     export_rows,
     is_held_out,
@@ -36,7 +36,7 @@ from phoenix_ml.application.export import (
 from phoenix_ml.application.ports import (
     ArtifactStore,
     Engines,
-    ModelHints,
+    IncidentQuery,
     Monitoring,
     PredictionLog,
     PredictionQuery,
@@ -48,26 +48,28 @@ from phoenix_ml.application.ports import (
     TrainingStopped,
 )
 from phoenix_ml.application.statistics.quality import losses
+from phoenix_ml.application.trial import Findings, Trial, Trials
 from phoenix_ml.domain.errors import PhoenixError, Unavailable
-from phoenix_ml.domain.features import FeatureContract, FeatureRule
+from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
+from phoenix_ml.domain.incidents import IncidentKind
 from phoenix_ml.domain.models import ModelVersion, Stage, Task, next_version
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 from phoenix_ml.domain.rows import Outputs
 
 log = logging.getLogger(__name__)
-MODEL_FILE, CONTRACT_FILE, EXPORT_FILE, LOG_FILE = (
-    "model.onnx",
-    "features.json",
-    "export.parquet",
-    "trainer.log",
-)
+# What a trainer leaves, and what stands beside it.
+MODEL_FILE, CONTRACT_FILE, SAMPLE_FILE = "model.onnx", "features.json", "sample.parquet"
+EXPORT_FILE, UNSEEN_FILE, TRAINED_FILE = "export.parquet", "unseen.parquet", "trained.json"
+LOG_FILE, TRIAL_LOG_FILE = "trainer.log", "trial.log"
 FEWEST_HELD_OUT = 50
 # The newest: with many of the world as it was, the champion that suffers now would win.
 _MOST_COMPARED = 200
 _LEASE_MS = 60_000
 _RENEWED_BEFORE_MS = 40_000
 _FIRST_PAUSE_MS = 60_000
+_PUT_OFF_MS = 60_000
+_MOST_CONTRACT_BYTES = 1024 * 1024
 _ACTOR = "healer"
 _LOG_TAIL_BYTES = 8192
 
@@ -108,6 +110,13 @@ class Comparison(Struct, frozen=True):
         return self.difference > self.standard_error
 
 
+class _Trained(Struct, frozen=True):
+    """What a training has left that came to a good end."""
+
+    attempt: int
+    sha256: str
+
+
 class Rejected(Exception):
     """The trainer's model is no candidate; another attempt would make the same."""
 
@@ -120,6 +129,8 @@ def compare(
     >>> compare(Task.CLASSIFICATION, ["a", "b"], ["b", "b"], ["a", "b"]).difference
     -0.5
     """
+    if any(isinstance(one, list) for one in (*ours, *champions)):
+        raise Rejected("several numbers a row cannot be compared with one outcome")
     if task is Task.REGRESSION:
         truth = np.asarray(outcomes, dtype=np.float64)
         new, old = (np.abs(np.asarray(one, dtype=np.float64) - truth) for one in (ours, champions))
@@ -153,12 +164,12 @@ class Healer:
         engines: Engines,
         prediction_log: PredictionLog,
         trainer: Trainer | RemoteTrainer | None,
+        trials: Trials,
         settings: HealerSettings,
         *,
         owner: str,
         now_ms: Callable[[], int],
         write_table: Callable[..., Any],
-        read_columns: Callable[[Path], dict[str, list[Any]]],
     ) -> None:
         self._jobs = jobs
         self._monitoring = monitoring
@@ -167,13 +178,15 @@ class Healer:
         self._engines = engines
         self._log = prediction_log
         self._trainer = trainer
+        self._trials = trials
         self._settings = settings
         self._owner = owner
         self._now_ms = now_ms
         self._write_table = write_table
-        self._read_columns = read_columns
         # The job in hand, as this healer has stored it last: what another has made of it since is theirs.
         self._held: RetrainJob
+        self._leased_until_ms = 0
+        self._keep_going: Callable[[], bool]
 
     def step(self, keep_going: Callable[[], bool]) -> RetrainJob | None:
         """The job as this step has left it; None where none waits, or another healer has it by now.
@@ -187,37 +200,90 @@ class Healer:
         if job is None:
             return None
         self._held = job
+        self._leased_until_ms = now_ms + _LEASE_MS
+        self._keep_going = keep_going
         try:
-            return self._take_up(job, keep_going)
+            return self._take_up(job)
         except Unavailable:  # no fault of the model's: what is trained stays
+            with contextlib.suppress(Unavailable):
+                self._uncount_check(self._leased_until_ms)
             raise
         except Rejected as exc:
             return self._end(self._held, JobStatus.REJECTED, str(exc))
         except TrainingStopped as exc:
             return self._give_back(job, str(exc))
-        except PhoenixError as exc:
-            return self._again(self._held, exc.message)
-        except (TrainingFailed, OSError) as exc:
+        except (PhoenixError, TrainingFailed, OSError) as exc:
             return self._again(self._held, str(exc))
+        except Exception as exc:
+            # The log is written by the same process: a defect here must not take it down.
+            log.exception("job %s cannot be worked on", job.id)
+            return self._again(
+                self._held, f"a defect of Phoenix ML, see its log: {type(exc).__name__}: {exc}"
+            )
 
-    def _take_up(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
+    def _take_up(self, job: RetrainJob) -> RetrainJob | None:
         if job.status is JobStatus.REQUESTED:
-            return self._train(job, keep_going)
+            return self._begin(job)
+        why = "the healer that had it is gone"
         result = job.result or {}
         if job.status is JobStatus.CHECKING:
             if "error" in result:
-                return self._again(job, f"the trainer says: {result['error']}")
-            if self._model_of(job) is not None:
+                why = f"the trainer says: {result['error']}"
+            elif self._model_of(job) is not None:
                 return self._check(job)
-        elif not isinstance(self._trainer, Trainer):
-            if "asked" in result:
-                return self._again(job, f"no model came within {self._settings.limit_s:g} s")
+        elif isinstance(self._trainer, Trainer):
+            if (sha256 := self._trained(job)) is not None:
+                return self._go_on_checking(job, sha256)
+        elif "asked" in result:
+            why = f"no model came within {self._settings.limit_s:g} s"
+        else:
             return self._ask(job)  # again, perhaps: the run id tells the other side
-        return self._again(job, "the healer that had it is gone")
+        return self._again(job, why)
+
+    def _begin(self, job: RetrainJob) -> RetrainJob | None:
+        # What a person has asked for goes on all the same.
+        if job.evidence and self._monitoring.settings(job.model_id).healing_paused:
+            now_ms = self._now_ms()
+            why = "healing is paused: heal resume, or heal run"
+            return self._jobs.move(
+                job, JobStatus.REQUESTED, now_ms, error=why, not_before=now_ms + _PUT_OFF_MS
+            )
+        self._refuse_broken_data(job)
+        return self._train(job)
+
+    # The lease.
+
+    def _is_mine(self) -> bool:
+        """Whether to go on with the job in hand; asked all the time."""
+        if not self._keep_going():
+            return False
+        now_ms = self._now_ms()
+        if self._leased_until_ms - now_ms > _RENEWED_BEFORE_MS:
+            return True
+        try:
+            return self._renew(now_ms)
+        except Unavailable:  # hours of training are not given up for a database that restarts
+            return now_ms < self._leased_until_ms
+
+    def _renew(self, now_ms: int) -> bool:
+        if not self._jobs.renew(self._held, now_ms + _LEASE_MS):
+            return False
+        self._leased_until_ms = now_ms + _LEASE_MS
+        return True
+
+    def _go_on(self) -> None:
+        """Raises TrainingStopped where the job in hand is to be left alone."""
+        if not self._is_mine():
+            raise TrainingStopped("the healer stops")
+
+    def _make_sure(self) -> None:
+        """As before a step that others see: the database is asked whose the job is. Raises TrainingStopped."""
+        if not (self._keep_going() and self._renew(self._now_ms())):
+            raise TrainingStopped("the healer stops")
 
     # Training.
 
-    def _train(self, job: RetrainJob, keep_going: Callable[[], bool]) -> RetrainJob | None:
+    def _train(self, job: RetrainJob) -> RetrainJob | None:
         champion = self._champion(job)
         version = next_version([one.version for one in self._registry.list_versions(job.model_id)])
         moved = self._jobs.move(
@@ -227,6 +293,7 @@ class Healer:
             attempts=job.attempts + 1,
             new_version=version,
             result=None,
+            error=None,
         )
         if moved is None:
             return None
@@ -238,25 +305,7 @@ class Healer:
         shutil.rmtree(folder, ignore_errors=True)
         out = folder / "out"
         out.mkdir(parents=True)
-
-        leased_until_ms = moved.owned_until_ms
-
-        def still_mine() -> bool:
-            nonlocal leased_until_ms
-            if not keep_going():
-                return False
-            now_ms = self._now_ms()
-            if leased_until_ms - now_ms > _RENEWED_BEFORE_MS:
-                return True
-            try:
-                if not self._jobs.renew(moved, now_ms + _LEASE_MS):
-                    return False
-            except Unavailable:  # hours of training are not given up for a database that restarts
-                return now_ms < leased_until_ms
-            leased_until_ms = now_ms + _LEASE_MS
-            return True
-
-        rows = self._export(job, champion, folder / EXPORT_FILE, still_mine)
+        rows = self._export(job, champion, folder / EXPORT_FILE)
         if not rows:
             raise TrainingFailed(
                 "no prediction of the last days has an outcome: there is nothing to train on"
@@ -268,13 +317,29 @@ class Healer:
             "version": version,
         }
 
-        trainer.train(fields, folder / LOG_FILE, still_mine)
+        trainer.train(fields, folder / LOG_FILE, self._is_mine)
         model = out / MODEL_FILE
         if not model.is_file():
             raise TrainingFailed(f"it ended well, and left no {MODEL_FILE} in {{out}}")
-        checking = self._jobs.move(
-            moved, JobStatus.CHECKING, self._now_ms(), result={"sha256": _digest(model)}
-        )
+        # Where the database is away just now, the model need not be trained again for that.
+        trained = _Trained(moved.attempts, _digest(model))
+        part = folder / f"{TRAINED_FILE}.part"
+        part.write_bytes(msgspec.json.encode(trained))
+        part.replace(folder / TRAINED_FILE)
+        return self._go_on_checking(moved, trained.sha256)
+
+    def _trained(self, job: RetrainJob) -> str | None:
+        """The digest of the model that a training of this attempt has left here, of which the database knows nothing."""
+        try:
+            trained = msgspec.json.decode((self._folder(job) / TRAINED_FILE).read_bytes(), type=_Trained)
+        except (OSError, msgspec.DecodeError):
+            return None
+        model = self._folder(job) / "out" / MODEL_FILE
+        is_whole = trained.attempt == job.attempts and model.is_file() and _digest(model) == trained.sha256
+        return trained.sha256 if is_whole else None
+
+    def _go_on_checking(self, job: RetrainJob, sha256: str) -> RetrainJob | None:
+        checking = self._jobs.move(job, JobStatus.CHECKING, self._now_ms(), result={"sha256": sha256})
         if checking is None:
             return None
         self._held = checking
@@ -303,9 +368,7 @@ class Healer:
         until_ms = self._now_ms() + round(self._settings.limit_s * 1000)
         return self._jobs.hand_over(handed, until_ms, {"asked": request.run_id})
 
-    def _export(
-        self, job: RetrainJob, champion: ModelVersion, path: Path, still_mine: Callable[[], bool]
-    ) -> int:
+    def _export(self, job: RetrainJob, champion: ModelVersion, path: Path) -> int:
         """What the trainer gets; the predictions that are kept from it are left out."""
         written = 0
         with self._write_table(path, export_columns(champion.metadata)) as add_rows:
@@ -313,8 +376,7 @@ class Healer:
                 given = to_train_on(page)
                 add_rows(given)
                 written += len(given)
-                if not still_mine():
-                    raise TrainingStopped("the healer stops")
+                self._go_on()
         return written
 
     def _rows(self, job: RetrainJob, champion: ModelVersion) -> Iterator[list[dict[str, Any]]]:
@@ -328,51 +390,58 @@ class Healer:
 
     def _check(self, job: RetrainJob) -> RetrainJob | None:
         """Registers the model where it is fit to be a challenger. Raises Rejected."""
+        checks = (job.result or {}).get("checks", 0)
+        if checks >= self._settings.most_attempts:
+            return self._end(job, JobStatus.FAILED, f"its check has begun {checks} times, and come to no end")
+        self._count_check(checks + 1)
         champion, model = self._champion(job), self._model_of(job)
         assert model is not None
-        if _digest(model) == champion.sha256:
+        sha256 = _digest(model)
+        if sha256 == champion.sha256:
             raise Rejected(f"it is the very file of {champion.version}")
         contract = self._contract(job, model, champion)
-        held_out = self._held_out(job, champion, _MOST_COMPARED)
-        try:
-            comparison = self._compare(model, contract, champion, held_out)
-        except Unavailable:
-            raise
-        except PhoenixError as exc:
-            raise Rejected(f"the model does not run over the predictions on record: {exc.message}") from exc
-        if comparison is None:
+        unseen = self._held_out(job, champion)
+        if len(unseen) < FEWEST_HELD_OUT:
             raise Rejected(
-                f"{len(held_out)} outcomes are kept for a comparison, and it takes {FEWEST_HELD_OUT}"
+                f"{len(unseen)} outcomes are kept for a comparison, and it takes {FEWEST_HELD_OUT}"
             )
-        result = {"sha256": _digest(model), "comparison": msgspec.to_builtins(comparison)}
+        registration = Registration(
+            job.model_id,
+            str(job.new_version),
+            Stage.STAGING,
+            contract,
+            champion.metadata.task,
+            champion.framework,
+        )
+        found = self._try_out(job, model, champion, registration, unseen)
+        comparison = self._compare(champion, found.answers, unseen[:_MOST_COMPARED])
+        result = {"sha256": sha256, "comparison": msgspec.to_builtins(comparison)}
         if comparison.is_worse:
             raise Rejected(
                 f"it is worse than {champion.version}: {comparison.loss:.4g} against {comparison.champion_loss:.4g} "
                 f"over {comparison.n} outcomes that it was not trained on"
             )
+        self._refuse_broken_data(job)
+        if _digest(model) != sha256:
+            raise Rejected("it was changed while it was checked")
+        self._make_sure()
         try:
             version = register(
                 self._registry,
                 self._artifacts,
                 self._engines,
                 model,
-                Registration(
-                    job.model_id,
-                    str(job.new_version),
-                    Stage.STAGING,
-                    contract,
-                    champion.metadata.task,
-                    champion.framework,
-                ),
+                registration,
                 actor=_ACTOR,
-                reference=self._reference(job, champion),
+                described=found.described,
             )
         except Unavailable:
             raise
         except PhoenixError as exc:
             raise Rejected(f"the model is not fit to be registered: {exc.message}") from exc
+        self._make_sure()
         result["routing"] = self._route(job.model_id, champion, version)
-        return self._jobs.move(
+        done = self._jobs.move(
             job,
             JobStatus.REGISTERED,
             self._now_ms(),
@@ -380,47 +449,99 @@ class Healer:
             log_tail=self._log_tail(job),
             error=None,
         )
+        return self._clear_up(done)
+
+    def _count_check(self, checks: int) -> None:
+        """A check that kills its healer again and again must come to an end all the same."""
+        result = {**(self._held.result or {}), "checks": checks}
+        if not self._jobs.renew(self._held, self._leased_until_ms, result=result):
+            raise TrainingStopped("the healer stops")
+        self._held = msgspec.structs.replace(self._held, result=result)
+
+    def _uncount_check(self, leased_until_ms: int) -> None:
+        """It was left in order, and begins again when the lease is over."""
+        result = dict(self._held.result or {})
+        if self._held.status is JobStatus.CHECKING and "checks" in result:
+            result["checks"] -= 1
+            self._jobs.renew(self._held, leased_until_ms, result=result)
+
+    def _try_out(
+        self,
+        job: RetrainJob,
+        model: Path,
+        champion: ModelVersion,
+        registration: Registration,
+        unseen: Sequence[Mapping[str, Any]],
+    ) -> Findings:
+        """Raises Rejected for a model that cannot be run, or answers nothing that could be compared."""
+        folder = self._folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / EXPORT_FILE).is_file():  # trained outside
+            self._export(job, champion, folder / EXPORT_FILE)
+        with self._write_table(folder / UNSEEN_FILE, export_columns(champion.metadata)) as add_rows:
+            add_rows(unseen)
+        sample = model.with_name(SAMPLE_FILE)
+        trial = Trial(
+            model,
+            registration,
+            tuple(champion.metadata.contract),
+            folder / EXPORT_FILE,
+            folder / UNSEEN_FILE,
+            min(len(unseen), _MOST_COMPARED),
+            folder,
+            sample if sample.is_file() else None,
+        )
+        try:
+            found = self._trials.run(trial, folder / TRIAL_LOG_FILE, self._is_mine)
+        except TrainingStopped:
+            raise
+        except TrainingFailed as exc:
+            raise Rejected(f"running the model comes to no good end: {exc}") from exc
+        if found.refused is not None:
+            raise Rejected(found.refused)
+        answers = found.answers
+        if len({str(result) for result in answers}) == 1:
+            raise Rejected(f"it answers {answers[0]!r} to everything")
+        if unanswered := sum(not is_finite(result) for result in answers):
+            raise Rejected(f"it answers no number to {unanswered} of {len(answers)} predictions on record")
+        return found
 
     def _compare(
-        self,
-        model: Path,
-        contract: Mapping[str, FeatureRule],
-        champion: ModelVersion,
-        held_out: Sequence[Mapping[str, Any]],
-    ) -> Comparison | None:
-        if len(held_out) < FEWEST_HELD_OUT:
-            return None
-        framework = champion.framework
-        hints = ModelHints(champion.metadata.task, tuple(contract), framework)
-        metadata = self._engines.inspect(model, hints)
-        metadata = msgspec.structs.replace(
-            metadata, contract=FeatureContract.check(metadata.columns, contract)
-        )
-        if lacking := [name for name in metadata.contract if name not in champion.metadata.contract]:
-            raise Rejected(f"it takes {', '.join(lacking)}, which nobody sends to {champion.version}")
+        self, champion: ModelVersion, answers: Sequence[Any], held_out: Sequence[Mapping[str, Any]]
+    ) -> Comparison:
         columns = {name: [row[name] for row in held_out] for name in champion.metadata.contract}
-        new_engine = self._engines.load(model, metadata, framework, on_cpu=True)
-        new = score(new_engine, metadata, columns)
         artifact = self._artifacts.fetch(champion.uri, champion.sha256)
-        old_engine = self._engines.load(artifact, champion.metadata, framework, on_cpu=True)
-        old = score(old_engine, champion.metadata, columns)
-        if len({str(result) for result in new.results}) == 1:
-            raise Rejected(f"it answers {new.results[0]!r} to everything")
-        if unanswered := sum(not is_finite(result) for result in new.results):
-            raise Rejected(f"it answers no number to {unanswered} of {len(held_out)} predictions on record")
+        engine = self._engines.load(artifact, champion.metadata, champion.framework, on_cpu=True)
+        champions = score(engine, champion.metadata, columns).results
         outcomes = [row[OUTCOME_COLUMN] for row in held_out]
-        return compare(champion.metadata.task, new.results, old.results, outcomes)
+        return compare(champion.metadata.task, answers, champions, outcomes)
 
-    def _held_out(self, job: RetrainJob, champion: ModelVersion, most: int) -> list[dict[str, Any]]:
+    def _held_out(self, job: RetrainJob, champion: ModelVersion) -> list[dict[str, Any]]:
         """The newest predictions with outcomes that the trainer has not had."""
         found: list[dict[str, Any]] = []
         for page in self._rows(job, champion):
             found += [
                 row for row in page if row[OUTCOME_COLUMN] is not None and is_held_out(row["_prediction_id"])
             ]
-            if len(found) >= most:
+            if len(found) >= SCORED_ROWS:
                 break
-        return found[:most]
+            self._go_on()
+        return found[:SCORED_ROWS]
+
+    def _refuse_broken_data(self, job: RetrainJob) -> None:
+        """Raises Rejected where the monitor's request has been overtaken by what it has seen since."""
+        if not job.evidence:  # a person has asked, who may know better
+            return
+        query = IncidentQuery(job.model_id, job.model_version, unresolved=True, limit=1000)
+        found, _ = self._monitoring.incidents(query)
+        broken = [
+            one.cause
+            for one in found
+            # A value out of its range may be of the new world.
+            if one.kind is IncidentKind.SCHEMA and not one.cause.endswith(":range")
+        ]
+        if broken:
+            raise Rejected(f"its data is broken, which no model must learn: {', '.join(broken)} is open")
 
     def _contract(self, job: RetrainJob, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
         """What the trainer says of its features, or those of the champion."""
@@ -429,22 +550,12 @@ class Healer:
         said = model.with_name(CONTRACT_FILE)
         if not said.is_file():
             return dict(champion.metadata.contract)
+        if said.stat().st_size > _MOST_CONTRACT_BYTES:
+            raise Rejected(f"{CONTRACT_FILE} has more than {_MOST_CONTRACT_BYTES} bytes")
         try:
             return msgspec.json.decode(said.read_bytes(), type=dict[str, FeatureRule])
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise Rejected(f"{CONTRACT_FILE} is no feature contract: {exc}") from exc
-
-    def _reference(self, job: RetrainJob, champion: ModelVersion) -> Reference:
-        path = self._folder(job) / EXPORT_FILE
-        if not path.is_file():  # trained outside
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._export(job, champion, path, lambda: True)
-        columns = self._read_columns(path)
-        trained_on = len(columns[OUTCOME_COLUMN])
-        unseen = self._held_out(job, champion, SCORED_ROWS)
-        whole = {name: [*column, *(row[name] for row in unseen)] for name, column in columns.items()}
-        # By rows that it has learned it would be held to what it cannot do.
-        return Reference(whole, TIME_COLUMN, OUTCOME_COLUMN, range(trained_on, trained_on + len(unseen)))
 
     def _route(self, model_id: str, champion: ModelVersion, version: ModelVersion) -> str:
         """What became of the routing, in words; done twice it is as done once."""
@@ -477,20 +588,39 @@ class Healer:
             job,
             JobStatus.REQUESTED,
             now_ms,
-            error=why,
+            error=_storable(why),
             not_before=now_ms + pause_ms,
             log_tail=self._log_tail(job),
         )
 
     def _give_back(self, job: RetrainJob, why: str) -> RetrainJob | None:
-        """As it was before: a stop of the healer is no attempt of the trainer's."""
+        """As it was before: a stop of the healer is no attempt of the trainer's, and what is trained stays."""
+        if self._held.status is JobStatus.CHECKING:
+            self._uncount_check(0)
+            return None
         return self._jobs.move(
             self._held, JobStatus.REQUESTED, self._now_ms(), error=why, attempts=job.attempts
         )
 
     def _end(self, job: RetrainJob, status: JobStatus, why: str) -> RetrainJob | None:
         log.warning("%s is not retrained, job %s: %s", job.model_id, job.id, why)
-        return self._jobs.move(job, status, self._now_ms(), error=why, log_tail=self._log_tail(job))
+        done = self._jobs.move(
+            job, status, self._now_ms(), error=_storable(why), log_tail=self._log_tail(job)
+        )
+        return self._clear_up(done)
+
+    def _clear_up(self, done: RetrainJob | None) -> RetrainJob | None:
+        """Of a job that has ended here, what may be large goes; the logs stay."""
+        if done is not None and self._folder(done).is_dir():
+            for path in self._folder(done).iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in (LOG_FILE, TRIAL_LOG_FILE):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            with contextlib.suppress(OSError):  # such as that there are logs in it
+                self._folder(done).rmdir()
+        return done
 
     # What a job has.
 
@@ -516,6 +646,11 @@ class Healer:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").replace("\0", "")
+
+
+def _storable(text: str) -> str:
+    """The text as every database takes it: what it quotes may come from anywhere."""
+    return text.replace("\0", "").encode(errors="replace").decode()
 
 
 def _alone(champion: str) -> Routing:

@@ -705,10 +705,11 @@ class Channel(Protocol):
 
 
 class JobQuery(Struct, frozen=True):
-    """Which retrain jobs to list."""
+    """Which retrain jobs to list; ``under_way`` leaves out those that have ended."""
 
     model_id: str | None = None
     limit: int = 50
+    under_way: bool = False
 
 
 class RetrainJobs(Protocol):
@@ -738,8 +739,8 @@ class RetrainJobs(Protocol):
         """
         ...
 
-    def renew(self, job: RetrainJob, until_ms: int) -> bool:
-        """False when the job is somebody else's by now: then it must be left alone."""
+    def renew(self, job: RetrainJob, until_ms: int, **facts: Any) -> bool:
+        """Stores the facts as well. False when the job is somebody else's by now: then it must be left alone."""
         ...
 
     def hand_over(self, job: RetrainJob, until_ms: int, result: Mapping[str, Any]) -> RetrainJob | None:

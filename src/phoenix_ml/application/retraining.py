@@ -6,11 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from phoenix_ml.application.ports import ArtifactStore, Registry, RetrainJobs
+from phoenix_ml.application.ports import ArtifactStore, JobQuery, Monitoring, Registry, RetrainJobs
 from phoenix_ml.domain.errors import JobConflict
 from phoenix_ml.domain.features import FeatureRule
-from phoenix_ml.domain.healing import OUTSIDE, JobStatus, RetrainJob
-from phoenix_ml.domain.ids import new_id
+from phoenix_ml.domain.healing import OUTSIDE, JobStatus, RetrainJob, request_id
 from phoenix_ml.domain.models import ModelVersion, check_takes_rows, next_version
 from phoenix_ml.domain.routing import Role, default_routing
 
@@ -26,15 +25,23 @@ def answering_version(registry: Registry, model_id: str) -> ModelVersion:
 
 
 def ask_for_retraining(
-    registry: Registry, jobs: RetrainJobs, model_id: str, actor: str, now_ms: int
-) -> RetrainJob:
-    """A new job for the champion, whatever the monitor thinks. Raises ModelUnknown, and TakesTensors for
-    one whose answers make no table to train on.
+    registry: Registry, jobs: RetrainJobs, monitoring: Monitoring, model_id: str, actor: str, now_ms: int
+) -> tuple[RetrainJob, bool]:
+    """A job for the champion, whatever the monitor thinks, and whether it is new: one is under way at a time.
+
+    Raises ModelUnknown, and TakesTensors for a champion whose answers make no table to train on.
     """
     champion = answering_version(registry, model_id)
     check_takes_rows(champion.metadata)
+    is_paused = monitoring.settings(model_id).healing_paused
+    for known in jobs.page(JobQuery(model_id, limit=1000, under_way=True)):
+        is_put_off = is_paused and bool(known.evidence) and known.status is JobStatus.REQUESTED
+        if known.model_version == champion.version and not is_put_off:
+            return known, False
+    latest = [job.id for job in jobs.page(JobQuery(model_id, limit=1))]
     job = RetrainJob(
-        id=new_id().replace("-", ""),
+        # Made of what was there, so that two who ask at once ask for one.
+        id=request_id(model_id, champion.version, "asked", latest),
         model_id=model_id,
         model_version=champion.version,
         reason=f"asked for by {actor}",
@@ -43,8 +50,8 @@ def ask_for_retraining(
         requested_at_ms=now_ms,
         updated_at_ms=now_ms,
     )
-    jobs.add(job)
-    return job
+    is_new = jobs.add(job)
+    return (job, True) if is_new else (jobs.get(job.id), False)
 
 
 def accept_model(

@@ -24,8 +24,10 @@ from phoenix_ml.cli.common import (
     watched_version,
 )
 from phoenix_ml.domain.errors import NoBaseline
+from phoenix_ml.domain.monitoring import ALL_MODELS
 
 if TYPE_CHECKING:
+    from phoenix_ml.bootstrap import Phoenix
     from phoenix_ml.domain.drift import DriftReport
 
 
@@ -286,11 +288,14 @@ def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bo
             phoenix.registry.list_versions(model_id)
         items = [describe_job(job) for job in phoenix.retrain_jobs.page(JobQuery(model_id, limit))]
         trainer = phoenix.settings.trainer
+        paused = [name for name in _paused(phoenix) if model_id in (None, name)]
     if as_json:
-        show_json({"items": items, "has_trainer": bool(trainer)})
+        show_json({"items": items, "has_trainer": bool(trainer), "paused": paused})
         return
     if not trainer:
         click.echo("no trainer is set (PHOENIX_TRAINER): requests wait")
+    if paused:
+        click.echo(f"healing is paused, until heal resume: {', '.join(paused)}")
     if not items:
         click.echo("no retrain jobs")
         return
@@ -322,24 +327,40 @@ def heal_run(model_id: str, data: Path | None, as_json: bool) -> None:
 
     with opened(data) as phoenix:
         now_ms = time.time_ns() // 1_000_000
-        job = ask_for_retraining(phoenix.registry, phoenix.retrain_jobs, model_id, actor(), now_ms)
+        job, is_new = ask_for_retraining(
+            phoenix.registry, phoenix.retrain_jobs, phoenix.monitoring, model_id, actor(), now_ms
+        )
     if as_json:
         show_json(describe_job(job))
         return
-    click.echo(f"{job.id} is asked for: {model_id} {job.model_version}; heal status tells how it goes")
+    asked = "is asked for" if is_new else f"is asked for already, and {job.status}"
+    click.echo(f"{job.id} {asked}: {model_id} {job.model_version}; heal status tells how it goes")
 
 
 def set_paused(model_id: str, paused: bool, data: Path | None, as_json: bool) -> None:
     with opened(data) as phoenix:
-        phoenix.monitoring.change_settings(model_id, {"healing_paused": paused or None}, actor())
+        monitoring = phoenix.monitoring
+        # What is paused for all is resumed for one by a setting of its own; else it has none.
+        is_general = model_id != ALL_MODELS and monitoring.settings(ALL_MODELS).healing_paused
+        wanted = False if is_general and not paused else (paused or None)
+        is_paused = monitoring.change_settings(model_id, {"healing_paused": wanted}, actor()).healing_paused
+        others = [] if model_id != ALL_MODELS else _paused(phoenix, is_paused=not is_paused)
     if as_json:
-        show_json({"model_id": model_id, "healing_paused": paused})
+        show_json({"model_id": model_id, "healing_paused": is_paused})
         return
     click.echo(
-        f"no retraining of {model_id} is asked for until heal resume"
-        if paused
+        f"no retraining of {model_id} is asked for, and none that was begins, until heal resume"
+        if is_paused
         else f"retrainings of {model_id} are asked for again"
     )
+    if others:
+        click.echo(f"by a setting of its own this is not so of: {', '.join(others)}")
+
+
+def _paused(phoenix: "Phoenix", *, is_paused: bool = True) -> list[str]:
+    """The models whose healing is paused, or those whose is not."""
+    names = dict.fromkeys(version.model_id for version in phoenix.registry.list_versions())
+    return [name for name in names if phoenix.monitoring.settings(name).healing_paused is is_paused]
 
 
 @heal.command("pause")

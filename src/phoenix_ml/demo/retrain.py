@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phoenix_ml.demo.training import CATEGORIES, FEATURES, build_gradient_boosting, export_onnx
@@ -26,6 +27,10 @@ def main(export: str, out: str) -> None:
     estimator = build_gradient_boosting().fit(table, outcomes)
     print(f"accuracy on them: {estimator.score(table, outcomes):.3f}")
     Path(out, "model.onnx").write_bytes(export_onnx(estimator, "retrained"))
+    # What the library itself answers, for Phoenix to compare with the file.
+    sample = rows.select(list(FEATURES)).slice(0, 500)
+    answers = pa.array(estimator.predict(table[:500]).tolist())
+    pq.write_table(sample.append_column("_result", answers), Path(out, "sample.parquet"))
 
 
 if __name__ == "__main__":

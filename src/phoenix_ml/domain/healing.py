@@ -26,7 +26,14 @@ OUTSIDE: Final = "outside"
 ENDED: Final = frozenset({JobStatus.REGISTERED, JobStatus.REJECTED, JobStatus.FAILED})
 _NEXT: Final = {
     # To checking: whoever heard of the request elsewhere, such as in Kafka, has handed in a model.
-    JobStatus.REQUESTED: {JobStatus.TRAINING, JobStatus.CHECKING, JobStatus.FAILED},
+    # To itself: it is put off. To rejected: its data has turned out to be broken.
+    JobStatus.REQUESTED: {
+        JobStatus.REQUESTED,
+        JobStatus.TRAINING,
+        JobStatus.CHECKING,
+        JobStatus.REJECTED,
+        JobStatus.FAILED,
+    },
     # Back to requested: what failed is tried again, and what a killed healer left is taken up again.
     JobStatus.TRAINING: {JobStatus.REQUESTED, JobStatus.CHECKING, JobStatus.FAILED},
     JobStatus.CHECKING: {JobStatus.REQUESTED, JobStatus.REGISTERED, JobStatus.REJECTED, JobStatus.FAILED},

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import socket
+import sys
 import threading
 import time
 
@@ -11,7 +12,7 @@ from phoenix_ml.bootstrap import Phoenix, open_trainer
 from phoenix_ml.domain.errors import Unavailable
 from phoenix_ml.domain.healing import JobStatus
 from phoenix_ml.domain.ids import new_id
-from phoenix_ml.infrastructure.tables import read_columns, write_table
+from phoenix_ml.infrastructure.tables import write_table
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 
@@ -36,8 +37,15 @@ class HealRole:
         """Returns soon after ``stopping`` is set; a training that runs is ended, and begins again later."""
         # Its statistics take a second to import.
         from phoenix_ml.application.heal import Healer, HealerSettings
+        from phoenix_ml.infrastructure.training.trial import ProcessTrials
 
         phoenix, settings = self._phoenix, self._phoenix.settings
+        trials = ProcessTrials(
+            [sys.executable, "-m", "phoenix_ml.processes.trial"],
+            os.environ | settings.environment(),
+            limit_s=settings.trainer_limit_s,
+            memory_bytes=settings.trainer_memory_mib * 1024 * 1024 or None,
+        )
         healer = Healer(
             phoenix.retrain_jobs,
             phoenix.monitoring,
@@ -46,13 +54,14 @@ class HealRole:
             phoenix.engines,
             phoenix.prediction_log,
             self._trainer,
+            trials,
+            # A trainer runs in another folder than we do.
             HealerSettings(
-                settings.data / "healing", settings.trainer_days, limit_s=settings.trainer_limit_s
+                settings.data.absolute() / "healing", settings.trainer_days, limit_s=settings.trainer_limit_s
             ),
             owner=f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}",
             now_ms=lambda: time.time_ns() // 1_000_000,
             write_table=write_table,
-            read_columns=read_columns,
         )
 
         def keep_going() -> bool:

@@ -51,10 +51,12 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
         request: Request,
         wanted: Annotated[Any, Depends(json_body(RetrainRequest, body_limit_bytes))],
     ) -> Response:
-        """Asks for a retraining of the champion now, whatever the monitor thinks."""
+        """Asks for a retraining of the champion now, whatever the monitor thinks; 200 for one that is under way."""
         actor = name_caller(request.scope)
-        job = ask_for_retraining(registry, jobs, wanted.model_id, actor, _now_ms())
-        return answer(describe_job(job), 202)
+        job, is_new = ask_for_retraining(
+            registry, jobs, phoenix.monitoring, wanted.model_id, actor, _now_ms()
+        )
+        return answer(describe_job(job), 202 if is_new else 200)
 
     @router.get("/retrain-jobs/{job_id}")
     def show_job(job_id: str) -> Response:

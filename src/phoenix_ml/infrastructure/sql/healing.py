@@ -52,6 +52,8 @@ class SqlRetrainJobs:
         statement = select(retrain_jobs).order_by(table.requested_at.desc(), table.id).limit(query.limit)
         if query.model_id is not None:
             statement = statement.where(table.model_id == query.model_id)
+        if query.under_way:
+            statement = statement.where(table.status.not_in(ENDED))
         with self._database.read() as connection:
             return [_job(row) for row in connection.execute(statement)]
 
@@ -79,8 +81,8 @@ class SqlRetrainJobs:
                 return None
             return _job(connection.execute(select(retrain_jobs).where(table.id == job_id)).one())
 
-    def renew(self, job: RetrainJob, until_ms: int) -> bool:
-        return self._change(job, {"owned_until": until_ms}) is not None
+    def renew(self, job: RetrainJob, until_ms: int, **facts: Any) -> bool:
+        return self._change(job, facts | {"owned_until": until_ms}) is not None
 
     def hand_over(self, job: RetrainJob, until_ms: int, result: Mapping[str, Any]) -> RetrainJob | None:
         return self._change(job, {"owner": OUTSIDE, "owned_until": until_ms, "result": dict(result)})

@@ -1,0 +1,64 @@
+"""Models are tried out by a program of ours, with limits: one that hangs it, or kills it, does no other harm."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
+from phoenix_ml.application.trial import Findings, Trial
+from phoenix_ml.infrastructure.training.process import run_limited
+
+# The libraries alone take 400 MiB of addresses.
+LEAST_MEMORY_BYTES = 2 * 1024 * 1024 * 1024
+_LAST_WORDS = 300
+
+
+class ProcessTrials:
+    """Runs ``words`` with two more: the file of a trial, and the file that its findings go into."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        limit_s: float,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self._words = words
+        self._environment = environment
+        self._limit_s = limit_s
+        self._memory_bytes = None if memory_bytes is None else max(memory_bytes, LEAST_MEMORY_BYTES)
+
+    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+        asked, found = trial.folder / "trial.json", trial.folder / "findings.msgpack"
+        asked.write_bytes(msgspec.json.encode(trial, enc_hook=_as_text))
+        words = [*self._words, str(asked), str(found)]
+        try:
+            run_limited(
+                words, log_path, keep_going, self._limit_s, self._memory_bytes, environment=self._environment
+            )
+        except TrainingStopped:
+            raise
+        except TrainingFailed as exc:
+            said = log_path.read_bytes()[-_LAST_WORDS:].decode(errors="replace").split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "")
+            raise TrainingFailed(f"{exc}: {last}" if last else str(exc)) from exc
+        return msgspec.msgpack.decode(found.read_bytes(), type=Findings, dec_hook=_as_path)
+
+
+def read_trial(path: Path) -> Trial:
+    return msgspec.json.decode(path.read_bytes(), type=Trial, dec_hook=_as_path)
+
+
+def write_findings(path: Path, findings: Findings) -> None:
+    path.write_bytes(msgspec.msgpack.encode(findings, enc_hook=_as_text))
+
+
+def _as_text(path: Any) -> str:
+    return str(path)
+
+
+def _as_path(_kind: type, text: str) -> Path:
+    return Path(text)
