@@ -166,9 +166,13 @@ class Settings(BaseSettings):
         repr=False,
         description="What a trainer outside takes us by; of `webhook:`, what requests are signed with.",
     )
-    trainer_limit_s: float = Field(3600.0, gt=0, description="Longest time that a training may take.")
+    trainer_limit_s: float = Field(
+        3600.0, gt=0, description="Longest time that a training may take, and the check of what it has made."
+    )
     trainer_memory_mib: int = Field(
-        0, ge=0, description="Most memory that a process of the trainer may take; 0 sets no limit."
+        0,
+        ge=0,
+        description="Most memory that a process of the trainer may take; 0 sets no limit. The check of what it has made gets as much, 2048 at least, and 8192 with 0.",
     )
     trainer_days: float = Field(
         90.0, gt=0, description="How far back the predictions go that a trainer gets."

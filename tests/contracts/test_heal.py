@@ -172,6 +172,21 @@ def test_a_better_model_becomes_a_shadow_beside_the_champion(phoenix: Phoenix, t
     assert comparison["loss"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_trainer_finds_what_is_in_a_data_folder_that_is_given_by_half_a_path(
+    phoenix: Phoenix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default is one, and the trainer runs elsewhere."""
+    ask(phoenix)
+    doctor = healer(phoenix, tmp_path, f"{KEEPS}; {TAKES % 'right'}")
+    monkeypatch.chdir(tmp_path)
+    doctor._settings = HealerSettings(Path("healing"))
+
+    job = doctor.step(lambda: True)
+
+    assert job is not None
+    assert (job.status, job.error) == (JobStatus.REGISTERED, None)
+
+
 def test_the_trainer_never_sees_what_versions_are_compared_over(phoenix: Phoenix, tmp_path: Path) -> None:
     """A model that has learned the answers by heart would win every comparison."""
     ask(phoenix)

@@ -76,6 +76,18 @@ def test_a_lease_that_is_renewed_lasts(jobs: SqlRetrainJobs) -> None:
 
     assert jobs.renew(leased, AT_MS + 5000) is True
     assert jobs.lease("two", AT_MS + 2000, AT_MS + 3000) is None
+    assert jobs.renew(leased, AT_MS + 5000, result={"checks": 1}) is True
+    assert jobs.get("a").result == {"checks": 1}
+
+
+def test_what_is_under_way_is_listed_without_what_has_ended(jobs: SqlRetrainJobs) -> None:
+    """By this it is seen that a champion has a job already."""
+    for i, status in enumerate(JobStatus):
+        jobs.add(job(f"job-{i}", status=status, requested_at_ms=AT_MS - i))
+
+    listed = [one.status for one in jobs.page(JobQuery("risk", under_way=True))]
+
+    assert listed == [JobStatus.REQUESTED, JobStatus.TRAINING, JobStatus.CHECKING]
 
 
 def test_the_oldest_that_may_be_tried_comes_first(jobs: SqlRetrainJobs) -> None:

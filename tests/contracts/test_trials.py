@@ -22,7 +22,7 @@ from phoenix_ml.application.trial import Findings, Trial, Trials, try_out
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 from phoenix_ml.infrastructure.tables import read_spread
-from phoenix_ml.infrastructure.training.trial import LEAST_MEMORY_BYTES, ProcessTrials
+from phoenix_ml.infrastructure.training.trial import LEAST_MEMORY_BYTES, USUAL_MEMORY_BYTES, ProcessTrials
 from phoenix_ml.settings import fixed_settings
 
 CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}
@@ -53,7 +53,7 @@ def trial(folder: Path, model: bytes) -> Trial:
     )
 
 
-def in_process(limit_s: float = 60.0, memory_bytes: int | None = None) -> ProcessTrials:
+def in_process(limit_s: float = 60.0, memory_bytes: int = USUAL_MEMORY_BYTES) -> ProcessTrials:
     environment = os.environ | fixed_settings().environment()
     words = [sys.executable, "-m", "phoenix_ml.processes.trial"]
     return ProcessTrials(words, environment, limit_s=limit_s, memory_bytes=memory_bytes)
@@ -169,11 +169,10 @@ def test_a_model_that_never_answers_ends_with_its_healer(tmp_path: Path) -> None
         in_process().run(trial(tmp_path, endless()), tmp_path / "log", keep_going)
 
 
-def test_a_model_that_takes_too_much_memory_takes_none_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_bytes", [LEAST_MEMORY_BYTES, USUAL_MEMORY_BYTES])
+def test_a_model_that_takes_too_much_memory_takes_none_of_ours(tmp_path: Path, memory_bytes: int) -> None:
     """What the runtime says of it is the reason."""
-    trials = in_process(memory_bytes=LEAST_MEMORY_BYTES)
-
-    found = trials.run(trial(tmp_path, vast()), tmp_path / "log", lambda: True)
+    found = in_process(memory_bytes=memory_bytes).run(trial(tmp_path, vast()), tmp_path / "log", lambda: True)
 
     assert found.refused is not None
     assert "memory" in found.refused

@@ -615,10 +615,10 @@ class Healer:
             for path in self._folder(done).iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in (LOG_FILE, TRIAL_LOG_FILE):
+                elif path.name not in (LOG_FILE, TRIAL_LOG_FILE) or not path.stat().st_size:
                     with contextlib.suppress(OSError):
                         path.unlink()
-            with contextlib.suppress(OSError):  # such as that there are logs in it
+            with contextlib.suppress(OSError):  # there are logs in it
                 self._folder(done).rmdir()
         return done
 
@@ -628,7 +628,8 @@ class Healer:
         return self._registry.get(job.model_id, job.model_version)
 
     def _folder(self, job: RetrainJob) -> Path:
-        return self._settings.folder / job.id
+        # A trainer runs in another folder than we do.
+        return self._settings.folder.absolute() / job.id
 
     def _model_of(self, job: RetrainJob) -> Path | None:
         """The trainer's model, if it is still as it was when training ended."""

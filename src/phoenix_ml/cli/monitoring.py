@@ -279,7 +279,7 @@ def heal() -> None:
 @json_option
 @example("phoenix-ml heal status")
 def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bool) -> None:
-    """Retrain jobs, the latest requested first."""
+    """Retrain jobs, the latest requested first, and the models whose healing is paused."""
     from phoenix_ml.application.ports import JobQuery
     from phoenix_ml.application.reports import describe_job
 

@@ -37,14 +37,14 @@ class HealRole:
         """Returns soon after ``stopping`` is set; a training that runs is ended, and begins again later."""
         # Its statistics take a second to import.
         from phoenix_ml.application.heal import Healer, HealerSettings
-        from phoenix_ml.infrastructure.training.trial import ProcessTrials
+        from phoenix_ml.infrastructure.training.trial import USUAL_MEMORY_BYTES, ProcessTrials
 
         phoenix, settings = self._phoenix, self._phoenix.settings
         trials = ProcessTrials(
             [sys.executable, "-m", "phoenix_ml.processes.trial"],
             os.environ | settings.environment(),
             limit_s=settings.trainer_limit_s,
-            memory_bytes=settings.trainer_memory_mib * 1024 * 1024 or None,
+            memory_bytes=settings.trainer_memory_mib * 1024 * 1024 or USUAL_MEMORY_BYTES,
         )
         healer = Healer(
             phoenix.retrain_jobs,
@@ -55,9 +55,8 @@ class HealRole:
             phoenix.prediction_log,
             self._trainer,
             trials,
-            # A trainer runs in another folder than we do.
             HealerSettings(
-                settings.data.absolute() / "healing", settings.trainer_days, limit_s=settings.trainer_limit_s
+                settings.data / "healing", settings.trainer_days, limit_s=settings.trainer_limit_s
             ),
             owner=f"{socket.gethostname()}:{os.getpid()}:{new_id()[-8:]}",
             now_ms=lambda: time.time_ns() // 1_000_000,

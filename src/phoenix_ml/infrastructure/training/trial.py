@@ -8,10 +8,11 @@ import msgspec
 
 from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
 from phoenix_ml.application.trial import Findings, Trial
+from phoenix_ml.domain.models import Framework
 from phoenix_ml.infrastructure.training.process import run_limited
 
-# The libraries alone take 400 MiB of addresses.
-LEAST_MEMORY_BYTES = 2 * 1024 * 1024 * 1024
+# The libraries alone take 400 MiB of addresses, the largest model that is taken by itself 2 GiB.
+LEAST_MEMORY_BYTES, USUAL_MEMORY_BYTES = 2 * 1024**3, 8 * 1024**3
 _LAST_WORDS = 300
 
 
@@ -24,20 +25,23 @@ class ProcessTrials:
         environment: Mapping[str, str] | None = None,
         *,
         limit_s: float,
-        memory_bytes: int | None = None,
+        memory_bytes: int = USUAL_MEMORY_BYTES,
     ) -> None:
         self._words = words
         self._environment = environment
         self._limit_s = limit_s
-        self._memory_bytes = None if memory_bytes is None else max(memory_bytes, LEAST_MEMORY_BYTES)
+        self._memory_bytes = max(memory_bytes, LEAST_MEMORY_BYTES)
 
     def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
         asked, found = trial.folder / "trial.json", trial.folder / "findings.msgpack"
         asked.write_bytes(msgspec.json.encode(trial, enc_hook=_as_text))
         words = [*self._words, str(asked), str(found)]
+        # CUDA reserves addresses for all the memory that there is.
+        is_on_gpu = trial.registration.framework is Framework.TENSORRT
+        memory_bytes = None if is_on_gpu else self._memory_bytes
         try:
             run_limited(
-                words, log_path, keep_going, self._limit_s, self._memory_bytes, environment=self._environment
+                words, log_path, keep_going, self._limit_s, memory_bytes, environment=self._environment
             )
         except TrainingStopped:
             raise
