@@ -52,7 +52,6 @@ from phoenix_ml.application.trial import Findings, Trial, Trials
 from phoenix_ml.domain.errors import PhoenixError, Unavailable
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.healing import JobStatus, RetrainJob
-from phoenix_ml.domain.incidents import IncidentKind
 from phoenix_ml.domain.models import ModelVersion, Stage, Task, next_version
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 from phoenix_ml.domain.rows import Outputs
@@ -534,12 +533,7 @@ class Healer:
             return
         query = IncidentQuery(job.model_id, job.model_version, unresolved=True, limit=1000)
         found, _ = self._monitoring.incidents(query)
-        broken = [
-            one.cause
-            for one in found
-            # A value out of its range may be of the new world.
-            if one.kind is IncidentKind.SCHEMA and not one.cause.endswith(":range")
-        ]
+        broken = [one.cause for one in found if one.is_broken_data]
         if broken:
             raise Rejected(f"its data is broken, which no model must learn: {', '.join(broken)} is open")
 

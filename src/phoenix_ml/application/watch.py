@@ -718,8 +718,7 @@ def _is_within(periods: Sequence[tuple[int, int | None]], at_ms: int) -> bool:
 
 def _broken_features(cases: Casebook, version: str) -> tuple[str, ...]:
     """The causes of open schema incidents that explain whatever else is seen."""
-    found = cases.unresolved(version, IncidentKind.SCHEMA)
-    return tuple(cause for cause, one in found.items() if one.evidence.get("explains_drift"))
+    return tuple(cause for cause, one in cases.unresolved(version).items() if one.is_broken_data)
 
 
 def _quality_of(metadata: Metadata) -> Quality | None:

@@ -49,6 +49,11 @@ class Incident(Struct, frozen=True):
     resolved_at_ms: int | None = None
     resolution: str | None = None
 
+    @property
+    def is_broken_data(self) -> bool:
+        """Whether it says that no model may learn what is sent: values that are none, more than a few of them."""
+        return self.kind is IncidentKind.SCHEMA and bool(self.evidence.get("explains_drift"))
+
 
 class Alert(Struct, frozen=True):
     """What people are told: all that happened to a model's incidents since the last one, in one message."""
