@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from phoenix_ml.domain.errors import JournalFull
+from phoenix_ml.domain.events import PredictionsMade
+from phoenix_ml.domain.routing import Role, Strategy
+from phoenix_ml.infrastructure.events.codec import expand_batch
 from phoenix_ml.infrastructure.events.journal import JournalReader, JournalRecord, JournalWriter
 
 DIGEST = bytes(range(16))
@@ -74,11 +78,36 @@ def damage(records: list[JournalRecord]) -> list[bytes]:
     return [record.payload for record in records if record.damage]
 
 
+def batch(inputs: bytes, count: int) -> bytes:
+    """A batch as it goes on record, of so many rows with these inputs."""
+    made = PredictionsMade(
+        first_id="01930000-0000-7000-8000-f0123456789a",
+        model_id="m",
+        model_version="1",
+        sha256="",
+        strategy=Strategy.SINGLE,
+        role=Role.CHAMPION,
+        probability=1.0,
+        request_id="",
+        routing_key="",
+        inputs=[inputs] * count,
+        sources="r",
+        results=list(range(count)),
+        confidences=None,
+        probabilities=None,
+        latency_ms=0.5,
+        created_at_ms=1,
+    )
+    return msgspec.msgpack.encode(made)
+
+
 def write_segment(root: Path, payloads: list[bytes]) -> Path:
-    """One closed segment, in which each second record is a group of two."""
+    """One closed segment, in which events, batches of two and groups of two follow each other."""
     writer = JournalWriter(root / "api-0")
     for number, payload in enumerate(payloads):
-        if number % 2:
+        if number % 3 == 1:
+            writer.append_batch(batch(payload, 2), 2)
+        elif number % 3 == 2:
             writer.append_many([payload, b"twin of " + payload])
         else:
             writer.append(payload)
@@ -111,13 +140,17 @@ def test_every_event_comes_back_in_order_with_its_schema(
     with fresh_root() as root:
         writer = JournalWriter(root / "api-0", segment_bytes=segment_bytes)
         expected = []
-        for number, batch in enumerate(batches):
+        for number, payloads in enumerate(batches):
             digest, schema = [(b"", b""), *schemas.items()][number % 4]
-            if len(batch) == 1:
-                writer.append(batch[0], digest, schema)
+            made = batch(payloads[0], 2)
+            if len(payloads) == 1:
+                writer.append(payloads[0], digest, schema)
+            elif len(payloads) == 2:
+                writer.append_batch(made, 2, digest, schema)
             else:
-                writer.append_many(batch, digest, schema)
-            expected += [(payload, schema or None, "") for payload in batch]
+                writer.append_many(payloads, digest, schema)
+            written = expand_batch(made) if len(payloads) == 2 else payloads
+            expected += [(payload, schema or None, "") for payload in written]
         writer.close()
 
         reader = JournalReader(root)
@@ -234,6 +267,8 @@ def test_what_could_not_be_read_back_is_refused(
 
     with pytest.raises(ValueError):
         writer.append(payload, digest, schema)
+    with pytest.raises(ValueError):
+        writer.append_batch(payload, 1, digest, schema)
 
     writer.append(b"after", DIGEST, SCHEMA)
     assert events(read_all(JournalReader(root))) == [b"before", b"after"]
@@ -247,6 +282,10 @@ def test_a_closed_journal_takes_nothing(folder: Path) -> None:
 
     with pytest.raises(ValueError):
         writer.append(b"event")
+    with pytest.raises(ValueError):
+        writer.append_batch(batch(b"", 2), 2)
+
+    assert len(list(folder.iterdir())) == 1
 
 
 # Damage
@@ -299,6 +338,26 @@ def test_any_flipped_bit_costs_its_own_record_only(payloads: list[bytes]) -> Non
             assert reader.corrupt_regions + reader.torn_tails == 1
             assert [flipped] * reader.corrupt_regions == damage(actual)
             segment.write_bytes(content)
+
+
+@pytest.mark.parametrize("bit", [8 * 9 + 4, 8 * 30], ids=["length", "payload"])
+def test_batches_behind_damage_are_found(root: Path, folder: Path, bit: int) -> None:
+    """A batch holds many answers, and at the end of a segment nothing else would tell that they are gone."""
+    writer = JournalWriter(folder)
+    writer.append(b"before")
+    damaged_at = writer.stored_bytes
+    writer.append(b"damaged, and long enough")
+    writer.append_batch(batch(b"1", 2), 2)
+    writer.append_batch(batch(b"2", 2), 2)
+    writer.close()
+    (segment,) = segments(root)
+    flip_bit(segment, damaged_at * 8 + bit)
+    reader = JournalReader(root)
+
+    actual = read_all(reader)
+
+    assert events(actual) == [b"before", *expand_batch(batch(b"1", 2)), *expand_batch(batch(b"2", 2))]
+    assert (len(damage(actual)), reader.corrupt_regions, reader.torn_tails) == (1, 1, 0)
 
 
 def test_a_record_inside_a_payload_is_never_mistaken_for_one(root: Path, folder: Path) -> None:
@@ -786,6 +845,31 @@ writer.close()
     assert segments(root) == []
 
 
+def test_large_batches_are_read_whole_while_another_process_writes_them(root: Path, folder: Path) -> None:
+    """A reader sees such a write grow, and by the time it looks twice the batch is whole and more follows."""
+    program = """
+made = sys.stdin.buffer.read()
+writer = JournalWriter(folder)
+for number in range(400):
+    writer.append_batch(made, 2)
+    writer.append(b"between")
+writer.close()
+"""
+    reader = JournalReader(root)
+    actual: list[bytes] = []
+    with child(program, folder) as process:
+        assert process.stdin is not None
+        process.stdin.write(batch(bytes(300_000), 2))
+        process.stdin.close()
+        while process.poll() is None:
+            actual += events(reader.read(50))
+            reader.commit()
+    actual += events(read_all(reader))
+
+    assert process.returncode == 0
+    assert (len(actual), reader.corrupt_regions) == (1200, 0)
+
+
 def test_a_forked_process_does_not_keep_closed_segments_from_being_dropped(root: Path, folder: Path) -> None:
     """It inherits the lock with the file, knows nothing of it, and may live for long."""
     program = """
@@ -892,6 +976,12 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(["api-0", "api-1"]), count=st.integers(0, 4))
     def append_many(self, worker: str, count: int) -> None:
         self.writers[worker].append_many(self.next_payloads(worker, count), DIGEST, SCHEMA)
+
+    @rule(worker=st.sampled_from(["api-0", "api-1"]), count=st.integers(1, 4))
+    def append_batch(self, worker: str, count: int) -> None:
+        made = batch(f"{worker} {len(self.appended[worker])}".encode(), count)
+        self.appended[worker] += expand_batch(made)
+        self.writers[worker].append_batch(made, count, DIGEST, SCHEMA)
 
     @rule(worker=st.sampled_from(["api-0", "api-1"]))
     def grow_old(self, worker: str) -> None:

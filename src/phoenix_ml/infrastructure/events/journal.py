@@ -52,6 +52,7 @@ _MAGIC = b"\xf5PJ1"
 _EVENT = 1
 _GROUP = 2
 _BATCH = 3
+_KINDS = (_EVENT, _GROUP, _BATCH)
 _NO_SCHEMA = bytes(8)
 
 _HEADER = Struct("<4sIIB8s")
@@ -70,9 +71,9 @@ _DAMAGE_PIECE_BYTES = 512 * 1024
 class JournalWriter:
     """Appends to one folder; a new object opens a new segment and never touches an older one.
 
-    ``append``, ``append_many``, ``rotate_if_old`` and ``close`` belong to one thread; ``sync`` and the
-    properties may be called from any. ``sync`` must be called now and then: it alone makes segments survive a
-    power loss.
+    ``append``, ``append_many``, ``append_batch``, ``rotate_if_old`` and ``close`` belong to one thread;
+    ``sync`` and the properties may be called from any. ``sync`` must be called now and then: it alone makes
+    segments survive a power loss.
 
     ``limit_bytes`` bounds this folder alone. The folder is made if need be; OSError if that is impossible.
     """
@@ -178,6 +179,9 @@ class JournalWriter:
         self, payload: bytes, _count: int, schema_digest: bytes = b"", schema: bytes = b""
     ) -> None:
         """Put many events on record as the one payload that stands for them; errors as for ``append``."""
+        if self._closed:
+            raise ValueError("the journal is closed")
+        key = self._schema_key(schema_digest, schema)
         # As much as the record takes, and its schema if that is still to come.
         need_bytes = 2 * _HEADER.size + _LENGTH.size + len(schema) + len(payload)
         if len(payload) > MAX_BODY_BYTES:
@@ -187,7 +191,7 @@ class JournalWriter:
             self._make_room(need_bytes)
         if schema_digest not in self._keys:
             self._append_group((), schema_digest, schema)
-        checked = _CHECKED_HEADER.pack(len(payload), _BATCH, self._keys[schema_digest]) + payload
+        checked = _CHECKED_HEADER.pack(len(payload), _BATCH, key) + payload
         self._write(_MARK.pack(_MAGIC, crc32(checked, self._seed)) + checked, need_bytes)
 
     def append_many(self, payloads: Sequence[bytes], schema_digest: bytes = b"", schema: bytes = b"") -> None:
@@ -626,7 +630,7 @@ class _Segment:
             return False
         (_, crc, _, kind, _) = _HEADER.unpack(header)
         checked = os.pread(self.fd, record_bytes - _MARK.size, offset + _MARK.size)
-        return kind in {_EVENT, _GROUP} and crc32(checked, self.seed) == crc
+        return kind in _KINDS and crc32(checked, self.seed) == crc
 
     def is_torn_from(self, offset: int, end: int) -> bool:
         """Whether a writer was stopped here: a record's beginning, or zeros that a power loss leaves."""
