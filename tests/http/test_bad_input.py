@@ -383,20 +383,22 @@ def test_a_batch_with_one_bad_row_names_it_and_logs_none(
     assert [row["prediction_id"] for row in log_rows(lane, entity_id=entity)] == [marker["prediction_id"]]
 
 
-def test_a_row_that_the_runtime_refuses_leaves_nothing_of_its_batch_on_record(lane: Lane) -> None:
-    """The runtime does not say which row it was; that none is logged holds all the same."""
+def test_a_row_that_the_runtime_refuses_is_named_and_leaves_nothing_of_its_batch_on_record(
+    lane: Lane,
+) -> None:
+    """The runtime does not say which of a thousand rows it was, and half a batch on record helps nobody."""
     entity = unique()
     instances = [{"entity_id": entity, "features": [row]} for row in (1, 99, 2)]
 
-    refused(
+    error = refused(
         lane.request("POST", "/predict/batch", json={"model_id": "lookup", "instances": instances}),
         422,
         "inference_failed",
     )
-    marker = ok(
-        lane.request("POST", "/predict", json={"model_id": "lookup", "entity_id": entity, "features": [3]})
-    )
+    marker = ok(lane.request("POST", "/predict", json={"model_id": "lookup", **instances[0]}))
 
+    assert error["message"].startswith("instance 1: ")
+    assert error["details"] == {"instance": 1}
     logged(lane, marker["prediction_id"])
     assert len(log_rows(lane, entity_id=entity)) == 1
 

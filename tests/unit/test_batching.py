@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_models
 import pytest
 from inprocess import Server, one
 
+from phoenix_ml.application.ports import Engine
 from phoenix_ml.application.predict import Answer
 from phoenix_ml.domain.errors import InferenceFailed, JournalFull, Overloaded, PhoenixError, RowCountWrong
+from phoenix_ml.domain.predictions import BatchRequest, Instance
+from phoenix_ml.domain.rows import Outputs, Rows
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsFullError
 
@@ -208,6 +211,73 @@ def test_rows_of_a_slow_version_gather_while_it_runs(server: Server) -> None:
     alone = [answered(server.ask([row]))[0].event.result for row in asked]
     assert [a.event.result for a in answers] == pytest.approx(alone, rel=1e-5)
     assert sorted(Counter(a.event.batch_size for a in answers)) == [40]
+
+
+def batch_of(asked: Sequence[Sequence[float]]) -> BatchRequest:
+    return BatchRequest(model_id="risk", instances=[Instance(features=list(row)) for row in asked])
+
+
+def test_a_single_request_gets_in_between_the_runs_of_a_large_batch(server: Server) -> None:
+    """Whoever sends a thousand rows at once must not keep a slow version from everybody else."""
+    server.serve(onnx_models.slow_model(2, loops=64), batches=True)
+    asked = np.random.default_rng(5).normal(size=(130, 2)).round(3).tolist()
+    done: list[str] = []
+
+    async def batch() -> list[Answer]:
+        answers = await server.predict.batch(batch_of(asked), 0.0)
+        done.append("batch")
+        return answers
+
+    async def single() -> None:
+        await one(server.predict, [0.5, 0.5])
+        done.append("single")
+
+    async def ask() -> list[Answer]:
+        answers, _ = await asyncio.gather(batch(), single())
+        return answers
+
+    answers = asyncio.run(ask())
+
+    assert done == ["single", "batch"]
+    assert [a.event.result for a in answers] == pytest.approx([sum(row) for row in asked], rel=1e-4, abs=1e-5)
+    ran = [(a.event.batch_size, a.event.batch_position) for a in answers]
+    assert ran == [(64, i) for i in range(64)] * 2 + [(2, 0), (2, 1)]
+
+
+def test_a_large_batch_of_a_quick_version_is_one_run(server: Server) -> None:
+    """Its thread holds up nobody: single requests run on the event loop meanwhile."""
+    server.serve(onnx_models.linear_regressor(WIDTH), batches=True)
+
+    answers = asyncio.run(server.predict.batch(batch_of(rows(130)), 0.0))
+
+    assert {a.event.batch_size for a in answers} == {130}
+
+
+class AloneOnly:
+    """An engine that refuses rows which come together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.placement = engine.placement
+
+    def run(self, given: Rows) -> Outputs:
+        if len(given) > 1:
+            raise InferenceFailed("not together")
+        return self._engine.run(given)
+
+
+def test_a_batch_that_fails_though_each_row_of_it_would_not_is_answered_row_by_row(server: Server) -> None:
+    """Requests that come at the same time get their answers in that case, so a batch of them does too."""
+    server.serve(onnx_models.linear_regressor(WIDTH), batches=True)
+    served, _ = server.live.model("risk").pick(None, "key")
+    served.engine = cast("Engine", AloneOnly(served.engine))
+    asked = rows(5)
+
+    answers = asyncio.run(server.predict.batch(batch_of(asked), 0.0))
+
+    assert [a.event.result for a in answers] == pytest.approx([linear(row) for row in asked], rel=1e-5)
+    assert {a.event.id: a.event for a in answers} == server.recorded()
+    assert {(a.event.batch_size, a.event.batch_position) for a in answers} == {(1, 0)}
 
 
 def test_more_than_may_wait_are_refused_at_the_door(make_server: Callable[..., Server]) -> None:

@@ -3,19 +3,20 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from phoenix_ml.application.batching import Batcher
 from phoenix_ml.application.ports import FeatureStore, Journal, Meter
-from phoenix_ml.application.serving import LiveModel, LiveModels, ServedVersion
+from phoenix_ml.application.serving import BATCH_ROWS_LIMIT, LiveModel, LiveModels, ServedVersion
 from phoenix_ml.domain.errors import (
     BatchTooLarge,
     EntityUnknown,
     FeatureMissing,
     FeatureStoreUnavailable,
+    InferenceFailed,
     InternalError,
     InvalidField,
     Overloaded,
@@ -135,31 +136,19 @@ class Predict:
     ) -> list[Answer]:
         """One answer an instance, in order, all on record; or an error that names the bad instance.
 
-        Instances that the routing gives to the same version run as one batch, or one by one where its rows
-        are not independent. Raises InvalidField for no instances, BatchTooLarge for too many, else what
-        ``one`` raises.
+        Instances that the routing gives to the same version run as one batch, as several where that would
+        keep a slow version from others, or one by one where its rows are not independent. Raises
+        InvalidField for no instances, BatchTooLarge for too many, else what ``one`` raises.
         """
         self._check_size(request.instances)
         model = self._live.model(request.model_id)
         rows = await self._prepare_all(model, request, started, traceparent)
-        groups: dict[tuple[str, int], list[int]] = {}
-        for number, row in enumerate(rows):
-            # Rows that would change each other's answers, or cannot run together, run one by one.
-            apart = 0 if row.served.version.metadata.row_independent else number
-            groups.setdefault((row.choice.version, apart), []).append(number)
         answers: dict[int, PredictionMade] = {}
-        for numbers in groups.values():
-            members = [rows[number] for number in numbers]
-            ran_at = time.perf_counter()
-            outputs = await members[0].served.run(
-                Rows([m.values for m in members], [m.packed for m in members])
-            )
-            ended, now_ms = time.perf_counter(), time.time_ns() // 1_000_000
-            self._meter.ran(members[0].served.version, ended - ran_at, outputs.execution)
-            if len(groups) > 1:  # many short runs on end would hold up everybody else
-                await asyncio.sleep(0)
-            for position, number in enumerate(numbers):
-                answers[number] = _event(rows[number], outputs, position, len(numbers), ended, now_ms)
+        for together in _divide(rows):
+            for numbers, outputs in await self._run(rows, together):
+                ended, now_ms = time.perf_counter(), time.time_ns() // 1_000_000
+                for position, number in enumerate(numbers):
+                    answers[number] = _event(rows[number], outputs, position, len(numbers), ended, now_ms)
         events = [answers[number] for number in range(len(rows))]
         self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
         for number, row in enumerate(rows):
@@ -195,12 +184,31 @@ class Predict:
         rows = []
         for number, found in enumerate(await asyncio.gather(*prepared, return_exceptions=True)):
             if isinstance(found, PhoenixError):
-                found.message = f"instance {number}: {found.message}"
-                found.details["instance"] = number
+                _name_instance(found, number)
             if isinstance(found, BaseException):
                 raise found
             rows.append(found)
         return rows
+
+    async def _run(self, rows: list[Row], numbers: list[int]) -> list[tuple[list[int], Outputs]]:
+        """The outputs of the rows with these numbers; where they fail together, of each by itself.
+
+        Raises InferenceFailed that names the first that fails alone.
+        """
+        members = [rows[number] for number in numbers]
+        served = members[0].served
+        ran_at = time.perf_counter()
+        try:
+            outputs = await served.run(Rows([m.values for m in members], [m.packed for m in members]))
+        except InferenceFailed as exc:
+            if len(numbers) > 1:
+                return [part for number in numbers for part in await self._run(rows, [number])]
+            _name_instance(exc, numbers[0])
+            raise
+        self._meter.ran(served.version, time.perf_counter() - ran_at, outputs.execution)
+        if len(numbers) < len(rows):  # many short runs on end would hold up everybody else
+            await asyncio.sleep(0)
+        return [(numbers, outputs)]
 
     async def _prepare(
         self,
@@ -394,6 +402,25 @@ def resolve(
         started,
         traceparent,
     )
+
+
+def _divide(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """The numbers of the rows that run as one."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        # Rows that would change each other's answers, or cannot run together, run one by one.
+        apart = 0 if row.served.version.metadata.row_independent else number
+        groups.setdefault((row.choice.version, apart), []).append(number)
+    for numbers in groups.values():
+        # Who waits for the version's thread gets in between.
+        size = len(numbers) if rows[numbers[0]].served.is_inline else BATCH_ROWS_LIMIT
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size]
+
+
+def _name_instance(error: PhoenixError, number: int) -> None:
+    error.message = f"instance {number}: {error.message}"
+    error.details["instance"] = number
 
 
 def _event(
