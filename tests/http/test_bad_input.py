@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -455,6 +456,73 @@ NUL_IN_A_URL = [
 def test_u0000_in_a_url_is_refused(lane: Lane, method: str, path: str) -> None:
     """PostgreSQL cannot take it in a text, so it must not get that far."""
     refused(lane.request(method, path), 400, "malformed_body")
+
+
+NOT_UTF_8 = [
+    ("PUT", "/features/{entity}%ff"),
+    ("PUT", "/features/{entity}%ed%a0%80"),
+    ("GET", "/features/{entity}%c3"),
+    ("GET", "/predictions/%ff"),
+    ("GET", "/predictions?entity_id={entity}%fe"),
+    ("GET", "/predictions?%ff=1"),
+    ("GET", "/v2/models/%ff"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), NOT_UTF_8)
+def test_a_url_that_is_not_utf_8_is_refused(lane: Lane, method: str, path: str) -> None:
+    """Whatever it would be replaced by, other bytes would be too: two people would share their features."""
+    entity = unique()
+    response = lane.request(method, path.replace("{entity}", entity), content=b'{"features":{"a":1}}')
+
+    assert response.status_code == 400
+    refused(lane.request("GET", f"/features/{entity}%EF%BF%BD"), 404, "entity_unknown")
+
+
+def test_a_parameter_in_raw_utf_8_is_refused(server: PhoenixServer) -> None:
+    """It would be read as Latin-1, and the page would be another person's."""
+    line = "GET /predictions?entity_id=é HTTP/1.1\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(line + b"host: localhost\r\nconnection: close\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 400 ")
+
+
+UNKNOWN_PARAMETERS = [
+    ("GET", "/predictions?entity=cust_1"),
+    ("GET", "/predictions?limit=5&Limit=5"),
+    ("GET", "/predictions?="),
+    ("GET", f"/predictions/{ANY_PREDICTION}?full=1"),
+    ("GET", "/models?stage=prod"),
+    ("GET", "/models/abc/versions/1.0.0?base_line=true"),
+    ("POST", "/models/abc/versions/1.0.0/deactivate?force=1"),
+    ("GET", "/features/cust_1?name=a"),
+    ("GET", "/audit?since=2026-01-01"),
+    ("GET", "/incidents?model=abc"),
+    ("GET", "/monitoring/abc/drift?version=1.0.0"),
+    ("GET", "/retrain-jobs?model=abc"),
+    ("POST", "/predict?model_version=1.0.0"),
+    ("POST", "/predict/batch?model_version=1.0.0"),
+    ("POST", "/feedback?dry_run=1"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), UNKNOWN_PARAMETERS)
+def test_a_parameter_that_a_call_does_not_know_is_refused(lane: Lane, method: str, path: str) -> None:
+    """A misspelt filter that is ignored shows everybody's rows, and looks like an answer."""
+    error = refused(
+        lane.request(method, path, content=CALLS.get((method, path.partition("?")[0]), b"%b") % b"1"),
+        422,
+        "invalid_field",
+    )
+
+    assert error["details"]["field"].startswith("query")
+
+
+@pytest.mark.parametrize("path", ["/health/live?probe=1", "/health/ready?x", "/metrics?module=a", "/v2?x=1"])
+def test_probes_and_scrapes_may_carry_parameters(lane: Lane, path: str) -> None:
+    """Load balancers and Prometheus add their own, and mean nothing by them."""
+    assert lane.request("GET", path).status_code == 200
 
 
 NUL_IN_A_BODY: list[tuple[str, str, Any]] = [

@@ -116,6 +116,44 @@ def test_a_head_over_the_limit_is_refused_in_our_form(
     assert [is_too_large(answer) for answer in found] == [True]
 
 
+@pytest.mark.parametrize("url_bytes", [LIMIT_BYTES, LIMIT_BYTES + 5_000])
+def test_a_url_over_the_limit_is_refused_as_a_head_is(connection: socket.socket, url_bytes: int) -> None:
+    """Its sender should hear that it is too long, not that it is no HTTP."""
+    connection.sendall(b"GET /%b HTTP/1.0\r\n\r\n" % (b"p" * (url_bytes - 1)))
+
+    found = answers(connection, 2)
+
+    assert [is_too_large(answer) for answer in found] == [True]
+
+
+NO_HTTP = {
+    "unknown method": b"BREW / HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    "no HTTP": b"hello\r\n\r\n",
+    "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(190),
+    "header without a colon": b"GET / HTTP/1.1\r\nhost localhost\r\n\r\n",
+    "two lengths": b"POST /predict HTTP/1.1\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+    "path that is not ASCII": "GET /features/é HTTP/1.1\r\nhost: localhost\r\n\r\n".encode(),
+}
+
+
+@pytest.mark.parametrize("sent", NO_HTTP.values(), ids=NO_HTTP.keys())
+def test_what_is_no_http_is_refused_in_our_form(connection: socket.socket, sent: bytes) -> None:
+    """Clients read every refusal alike, and an id leads to it."""
+    connection.sendall(sent)
+    received = b""
+    while chunk := receive(connection):
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    headers = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert headers[b"content-type"] == b"application/json"
+    assert headers[b"connection"] == b"close"
+    assert len(headers[b"x-request-id"]) == 36
+    assert int(headers[b"content-length"]) == len(body)
+    assert json.loads(body)["error"]["code"] == "malformed_body"
+
+
 def test_a_head_just_below_the_limit_is_read(connection: socket.socket) -> None:
     """Large cookies and tokens are legal."""
     connection.sendall(request("POST", "/predict", BODY, "x-some: " + "v" * (LIMIT_BYTES - 200)))

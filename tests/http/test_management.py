@@ -231,6 +231,11 @@ UPLOADS: dict[str, tuple[dict[str, str], bytes, int]] = {
         FILE_PART + MODEL_PART + PART % (b"reference", b"", b"x") + b"--b--\r\n",
         422,
     ),
+    "a misspelt part": (
+        MULTIPART,
+        FILE_PART + MODEL_PART + PART % (b"refrence", b'; filename="a.csv"', b"a\n1\n") + b"--b--\r\n",
+        422,
+    ),
     "U+0000 in a file name": (MULTIPART, FILE_PART + MODEL_PART + REFERENCE_PART + b"--b--\r\n", 422),
     "an endless file name": (MULTIPART, FILE_PART + MODEL_PART + LONG_REFERENCE_PART + b"--b--\r\n", 422),
 }

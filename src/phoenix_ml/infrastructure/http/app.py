@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -108,7 +109,7 @@ def explored_app(
         description=_DESCRIPTION,
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Depends(_refuse_nul)],
+        dependencies=[Depends(_check_url)],
     )
     _map_errors(app)
     _mount_calls(app, calls)
@@ -116,11 +117,14 @@ def explored_app(
     check_browser = browser_check(phoenix.settings)
     database_probe = _DatabaseProbe(phoenix)
     goes_on_when_full = phoenix.settings.journal_full == "drop"
-    app.include_router(model_routes(phoenix, live))
-    app.include_router(feature_routes(features, live.packed_signatures, phoenix.settings.body_limit_bytes))
-    app.include_router(record_routes(phoenix))
-    app.include_router(monitoring_routes(phoenix))
-    app.include_router(retraining_routes(phoenix))
+    for router in (
+        model_routes(phoenix, live),
+        feature_routes(features, live.packed_signatures, phoenix.settings.body_limit_bytes),
+        record_routes(phoenix),
+        monitoring_routes(phoenix),
+        retraining_routes(phoenix),
+    ):
+        app.include_router(router, dependencies=[Depends(_refuse_unknown_parameters)])
     app.include_router(inference_routes(phoenix, live))
 
     @app.middleware("http")
@@ -249,9 +253,29 @@ async def _answered(call: Callable[[Send], Awaitable[None]]) -> Response:
     return response
 
 
-async def _refuse_nul(request: Request) -> None:
-    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+async def _check_url(request: Request) -> None:
+    scope = request.scope
+    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
         raise MalformedBody("the URL contains U+0000, which no database can store in a text")
+    for part in (scope.get("raw_path") or b"", scope["query_string"]):
+        try:
+            unquote_to_bytes(part.decode("ascii")).decode()
+        except UnicodeDecodeError as exc:
+            # It would become U+FFFD, and so would another one: two names would be one.
+            raise MalformedBody(
+                f"the URL is not percent-encoded UTF-8: {exc.object[exc.start : exc.end]!r}"
+            ) from exc
+
+
+async def _refuse_unknown_parameters(request: Request) -> None:
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise InvalidField(
+                f"{request.method} {request.url.path} has no parameter {name[:80]!r}; {takes}",
+                field=f"query.{name[:80]}",
+            )
 
 
 def _respond(request: Request, error: PhoenixError) -> Response:

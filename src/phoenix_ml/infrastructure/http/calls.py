@@ -13,7 +13,7 @@ from phoenix_ml.application.feedback import report_outcomes
 from phoenix_ml.application.ports import Journal
 from phoenix_ml.application.predict import Pending, Predict
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.domain.errors import PhoenixError
+from phoenix_ml.domain.errors import InvalidField, PhoenixError
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.infrastructure.http.bodies import ClientDisconnected, Receive, read_body, too_large
 from phoenix_ml.infrastructure.http.codec import (
@@ -76,9 +76,13 @@ class PredictionCalls:
             # The rest of the body is not read, so the connection cannot be used again.
             headers.append((b"connection", b"close"))
         else:
-            status, payload, headers = await self.by_path[scope["path"]](
-                body, started, request_id, traceparent
-            )
+            if scope["query_string"]:
+                error = InvalidField(f"POST {scope['path']} has no parameters: see its body", field="query")
+                status, payload, headers = self._refuse(error, OTHER, request_id, started)
+            else:
+                status, payload, headers = await self.by_path[scope["path"]](
+                    body, started, request_id, traceparent
+                )
         await send_answer(send, (status, payload, headers))
 
     async def predict(

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from phoenix_ml.application.catalogue import Reference, Registration, activate, register, set_routing
@@ -91,7 +91,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
         limited = Request(request.scope, limit_body(request.receive, phoenix.settings.upload_limit_bytes))
         try:
             async with limited.form(max_files=2, max_fields=4) as form:
-                artifact, model, reference = form.get("artifact"), form.get("model"), form.get("reference")
+                artifact, model, reference = read_parts(form, "artifact", "model", "reference")
                 if not isinstance(artifact, UploadFile):
                     raise InvalidField(
                         "send the model file as the multipart part 'artifact'", field="artifact"
@@ -210,6 +210,16 @@ def _register_upload(
             actor=actor,
             reference=None if columns is None else Reference(columns),
         )
+
+
+def read_parts(form: FormData, *names: str) -> list[UploadFile | str | None]:
+    """The parts of these names, None for one that was not sent. Raises InvalidField for any other."""
+    for name in form:
+        if name not in names:
+            raise InvalidField(
+                f"there is no multipart part {name[:80]!r}; there are {', '.join(names)}", field=name[:80]
+            )
+    return [form.get(name) for name in names]
 
 
 def save_upload(upload: UploadFile, path: Path) -> Path:

@@ -22,7 +22,7 @@ from phoenix_ml.domain.healing import RetrainJob
 from phoenix_ml.infrastructure.http.bodies import limit_body
 from phoenix_ml.infrastructure.http.caller import name_caller
 from phoenix_ml.infrastructure.http.codec import decode_json
-from phoenix_ml.infrastructure.http.models import save_upload
+from phoenix_ml.infrastructure.http.models import read_parts, save_upload
 from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
 from phoenix_ml.settings import UPLOAD_PREFIX
 
@@ -92,7 +92,7 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
         limited = Request(request.scope, limit_body(request.receive, phoenix.settings.upload_limit_bytes))
         try:
             async with limited.form(max_files=1, max_fields=2) as form:
-                artifact, features = form.get("artifact"), form.get("features")
+                artifact, features = read_parts(form, "artifact", "features")
                 if not isinstance(artifact, UploadFile):
                     raise InvalidField(
                         "send the model file as the multipart part 'artifact'", field="artifact"
