@@ -684,7 +684,34 @@ def test_a_doctor_makes_nothing(run: Run, data: Path) -> None:
     assert not data.exists()
     assert "is not there yet" in by_check["data folder"]
     assert "features.db is not there yet" in by_check["feature store"]
+    assert "artifacts is not there yet" in by_check["artifact store"]
     assert "phoenix.db is not there yet" in by_check["database"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "url", "check"),
+    [
+        ("PHOENIX_DATABASE", "sqlite:////proc/x.db", "database"),
+        ("PHOENIX_DATABASE", "sqlite:///{file}/x.db", "database"),
+        ("PHOENIX_FEATURES", "sqlite:/proc/f.db", "feature store"),
+        ("PHOENIX_FEATURES", "sqlite:{file}/f.db", "feature store"),
+        ("PHOENIX_ARTIFACTS", "file:/proc/art", "artifact store"),
+        ("PHOENIX_ARTIFACTS", "file:{file}", "artifact store"),
+        ("PHOENIX_ARTIFACTS", "s3://bucket", "artifact store"),
+    ],
+)
+def test_a_doctor_tries_whether_what_is_not_there_could_be_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, url: str, check: str
+) -> None:
+    """A server that is said to be well and then cannot start has had no doctor."""
+    file = tmp_path / "a file"
+    file.touch()
+    monkeypatch.setenv(setting, url.format(file=file))
+
+    found = json.loads(run("doctor", "--json", code=1).stdout)
+
+    assert [finding["check"] for finding in found if not finding["ok"]] == [check]
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
 @pytest.mark.parametrize("arguments", [("doctor", "--json"), ("models", "list"), ("predictions", "list")])

@@ -40,16 +40,15 @@ def examine(settings: Settings) -> list[Finding]:
     findings.append(_check("onnx runtime", _onnx_runtime))
     findings.append(_check("address", lambda: _address(settings)))
     findings.append(_check("feature store", lambda: asyncio.run(_features(settings))))
+    findings.append(_check("artifact store", lambda: _artifacts(settings)))
     try:
         if (missing := _missing(settings.database_url, "sqlite:///")) is not None:
             # Bootstrap would make its folder.
-            kafka = open_kafka(settings)
-            open_artifacts(settings)
-            findings += _events(kafka)
-            return [*findings, Finding("database", True, f"{missing} is not there yet: 'serve' makes it")]
+            findings += _events(open_kafka(settings))
+            return [*findings, _check("database", lambda: _to_be_made(missing))]
         phoenix = bootstrap(settings)
-    except PhoenixError as exc:
-        return [*findings, Finding("settings", False, exc.message)]
+    except (PhoenixError, OSError) as exc:
+        return [*findings, Finding("settings", False, _words(exc))]
     findings += _events(phoenix.kafka)
     findings.append(_check("database", lambda: _database(phoenix)))
     if findings[-1].ok:
@@ -62,7 +61,11 @@ def _check(name: str, find: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, find())
     except (PhoenixError, OSError) as exc:
-        return Finding(name, False, exc.message if isinstance(exc, PhoenixError) else str(exc))
+        return Finding(name, False, _words(exc))
+
+
+def _words(error: PhoenixError | OSError) -> str:
+    return error.message if isinstance(error, PhoenixError) else str(error)
 
 
 def _environment() -> str:
@@ -77,12 +80,26 @@ def _missing(url: str, scheme: str) -> Path | None:
     return file if url.startswith(scheme) and not file.exists() else None
 
 
+def _to_be_made(path: Path) -> str:
+    there = _try_to_write(path.absolute().parent)
+    return f"{path} is not there yet, {there} is writable: 'serve' makes it"
+
+
+def _try_to_write(folder: Path) -> Path:
+    """The folder, or of those above it the first that is there. Raises OSError where no file can be made in it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            os.fsync(file.fileno())
+    except OSError as exc:
+        raise OSError(f"nothing can be made in {there}: {exc.strerror}") from exc
+    return there
+
+
 def _data_folder(settings: Settings) -> str:
     folder = settings.data.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    with tempfile.TemporaryFile(dir=there) as file:
-        file.write(b"x")
-        os.fsync(file.fileno())
+    there = _try_to_write(folder)
     free_bytes = shutil.disk_usage(there).free
     if free_bytes < _LEAST_FREE_BYTES:
         raise OSError(f"{there} has {free_bytes >> 20} MiB free; the journal alone may need 1024")
@@ -105,13 +122,20 @@ async def _features(settings: Settings) -> str:
     default = f"sqlite:{settings.data / 'features.db'}"
     url = default if settings.features == "sqlite:" else settings.features
     if (missing := _missing(url, "sqlite:")) is not None:
-        return f"{missing} is not there yet: 'serve' makes it"
+        return _to_be_made(missing)
     store = open_features(settings, 1000.0)
     try:
         await store.check()
     finally:
         await store.close()
     return f"{store.name} answers"
+
+
+def _artifacts(settings: Settings) -> str:
+    open_artifacts(settings)
+    folder = Path(settings.artifacts.removeprefix("file:") or settings.data / "artifacts").absolute()
+    there = _try_to_write(folder)
+    return f"{folder} " + ("is writable" if there == folder else f"is not there yet, {there} is writable")
 
 
 def _events(kafka: "Kafka | None") -> list[Finding]:
