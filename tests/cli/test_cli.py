@@ -1065,6 +1065,17 @@ def test_the_log_of_a_served_folder_is_not_worked_twice(
     assert "another process reads the journals" in done.output
 
 
+def test_a_start_that_can_only_fail_again_is_tried_once(tmp_path: Path) -> None:
+    """The message is the same each time, and the fifth hides the first."""
+    server = PhoenixServer(tmp_path, features="sqlite:/proc/features.db")
+
+    done = server.command("serve")
+
+    assert done.returncode == 1
+    assert done.stderr.count("the feature store sqlite at /proc/features.db is unavailable") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_a_port_in_use_is_said_to_be(server: PhoenixServer, tmp_path: Path) -> None:
     """The commonest failure of a second start."""
     done = command(tmp_path, "serve", "--port", str(server.port), "--data", str(tmp_path / "other"))

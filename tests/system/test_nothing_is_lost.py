@@ -208,6 +208,27 @@ def kill_all(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def test_start_beside_a_worker_that_reads_the_journals_ends_and_says_why(tmp_path: Path) -> None:
+    """It would never be ready, and a server that starts its log role for ever looks like one that comes up."""
+    server = PhoenixServer(tmp_path, stop_timeout_s=1)
+    work_log = tmp_path / "work.log"
+    worker = server.popen("work", "log", log=work_log)
+    lock = server.settings.run_folder / "journals.lock"
+    wait_until(lambda: lock.exists() and (server.data / "phoenix.db").exists(), 30, "the worker works")
+    try:
+        server.spawn()
+        wait_until(lambda: server.exit_code is not None, 60, "it gives up")
+    finally:
+        server.kill()
+        worker.terminate()
+
+    assert worker.wait(30) == 0
+    assert server.exit_code == 1
+    assert "'serve --roles none'" in server.log()
+    assert server.log().count("background ended by itself") == 1
+    assert "Traceback" not in server.log()
+
+
 def test_routing_change_reaches_every_process_within_a_second_and_fails_no_request(
     server: PhoenixServer,
 ) -> None:

@@ -26,7 +26,7 @@ from phoenix_ml.bootstrap import (
     cache_features,
     open_features,
 )
-from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable, PhoenixError
+from phoenix_ml.domain.errors import DatabaseUnavailable, FeatureStoreUnavailable, Misconfigured, PhoenixError
 from phoenix_ml.infrastructure.events.dropping import DroppingJournal
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
@@ -324,7 +324,8 @@ def main() -> None:
         uvloop.run(run())
     except PhoenixError as exc:
         log.critical("%s", exc.message)
-        sys.exit(1)
+        # The store itself is asked later: only a file that cannot be one is said to be unavailable here.
+        sys.exit(os.EX_CONFIG if isinstance(exc, Misconfigured | FeatureStoreUnavailable) else 1)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def sole_reader(settings: Settings, stopping: threading.Event) -> Iterator[None]
     Misconfigured when it does not, or when ``stopping`` is set first.
     """
     settings.run_folder.mkdir(parents=True, exist_ok=True)
-    patience_s = settings.stop_timeout_s + 5
+    # As long as such a process may take, which reads to the end of the journals first.
+    patience_s = max(settings.stop_timeout_s, _STOP_PATIENCE_S) + 5
     deadline = time.monotonic() + patience_s
     is_said = False
     with (settings.run_folder / "journals.lock").open("w") as file:
@@ -58,7 +59,8 @@ def sole_reader(settings: Settings, stopping: threading.Event) -> Iterator[None]
                 if time.monotonic() > deadline or stopping.is_set():
                     raise Misconfigured(
                         f"another process reads the journals in {settings.data} already ('serve' does it too): "
-                        f"end what 'fuser {settings.run_folder}/journals.lock' names, or leave it to that one"
+                        f"end what 'fuser {settings.run_folder}/journals.lock' names, or leave it to that one "
+                        "('serve --roles none')"
                     ) from exc
             if not is_said:
                 log.warning(
@@ -203,7 +205,11 @@ def main() -> None:
 
     threading.Thread(target=watch_supervisor, daemon=True).start()
 
+    code_now = os.EX_CONFIG
+
     def ready() -> None:
+        nonlocal code_now
+        code_now = 1
         os.write(ready_fd, b"+")
         os.close(ready_fd)
 
@@ -212,7 +218,7 @@ def main() -> None:
         work(bootstrap(settings), settings.background_roles, metrics_file, stopping, ready)
     except PhoenixError as exc:
         log.critical("%s", exc.message)
-        sys.exit(1)
+        sys.exit(code_now if isinstance(exc, Misconfigured) else 1)
 
 
 if __name__ == "__main__":

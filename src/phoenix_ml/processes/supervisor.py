@@ -192,7 +192,11 @@ def _watch(
     stopping: list[int],
     on_ready: Callable[[], None],
 ) -> int:
-    """Restarts what dies, until a signal comes or a process cannot be kept alive."""
+    """Restarts what dies, until a signal comes or a process cannot be kept alive.
+
+    One that cannot work with these settings ends the start; once all were ready it is tried again like any
+    other, for the rest of the server is of use without it.
+    """
     selector = selectors.DefaultSelector()
     for child in children:
         selector.register(child.ready_fd, selectors.EVENT_READ, child)
@@ -210,6 +214,9 @@ def _watch(
             code = child.exit_code()
             if code is not None:
                 log.error("%s ended by itself with code %d", child.slot, code)
+                if code == os.EX_CONFIG and not announced:
+                    log.error("%s would fail again; its own message above says why", child.slot)
+                    return 1
                 metrics.counter(catalogue.PROCESS_RESTARTS, slot=child.slot).add()
                 if not child.plan_restart():
                     log.error("%s cannot be kept alive; its own messages above say why", child.slot)
