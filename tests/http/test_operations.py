@@ -137,6 +137,53 @@ def test_every_answer_is_counted_under_its_code(
     assert total(http, "phoenix_requests_total", **labels) == before + 1
 
 
+INFER = {"inputs": [{"name": "row", "shape": [1, 1], "datatype": "INT64", "data": [99]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "labels"),
+    [
+        ("/predict", {"model_id": "abc", "features": [1]}, ("abc", "1.1.0", "champion", "422")),
+        (
+            "/predict",
+            {"model_id": "abc", "model_version": "1.0.0", "features": [1]},
+            ("abc", "1.0.0", "challenger", "422"),
+        ),
+        ("/predict", {"model_id": "abc", "entity_id": "nobody"}, ("abc", "1.1.0", "champion", "404")),
+        ("/predict", {"model_id": "lookup", "features": [99]}, ("lookup", "1.0.0", "champion", "422")),
+        (
+            "/predict/batch",
+            {"model_id": "lookup", "instances": [{"features": [1]}, {"features": [99]}]},
+            ("lookup", "1.0.0", "batch", "422"),
+        ),
+        (
+            "/predict/batch",
+            {"model_id": "abc", "instances": [{"features": [1]}]},
+            ("abc", "1.1.0", "batch", "422"),
+        ),
+        ("/v2/models/lookup/infer", INFER, ("lookup", "1.0.0", "champion", "400")),
+        ("/v2/models/lookup/infer", {"inputs": []}, ("lookup", "1.0.0", "champion", "400")),
+        ("/v2/models/outer/versions/1.0.0/infer", {"inputs": []}, ("outer", "1.0.0", "champion", "400")),
+        ("/predict", {"model_id": "outer", "features": [1]}, ("outer", "1.0.0", "champion", "422")),
+        (
+            "/predict",
+            {"model_id": "abc", "model_version": "9.9.9", "features": [1]},
+            ("abc", "", "", "404"),
+        ),
+    ],
+)
+def test_a_request_that_fails_is_counted_for_the_version_that_was_to_answer(
+    lane: Lane, http: Lane, path: str, body: Any, labels: tuple[str, ...]
+) -> None:
+    """A new version that fails has to show beside the old one that does not."""
+    named = dict(zip(("model", "version", "role", "code"), labels, strict=True))
+    before = total(http, "phoenix_requests_total", **named)
+
+    lane.request("POST", path, json=body)
+
+    assert total(http, "phoenix_requests_total", **named) == before + 1
+
+
 def test_names_from_outside_never_become_labels(http: Lane) -> None:
     """Else anybody could fill the metrics with names until they no longer fit into memory."""
     stranger = unique("stranger")
@@ -560,6 +607,8 @@ def test_an_artifact_that_is_gone_fails_its_version_alone(module_server: Phoenix
     other = ok(lane.request("POST", "/predict", json=ABC))
     ready = ok(lane.request("GET", "/health/ready"))
     failed_loads = total(lane, "phoenix_model_loads_total", model="lost", outcome="failed")
+    labels = {"model": "lost", "version": "1.0.0", "role": "champion", "code": "500"}
+    failed_requests = total(lane, "phoenix_requests_total", **labels)
     lane.close()
 
     assert error["details"]["sha256"] == lost.sha256
@@ -570,6 +619,7 @@ def test_an_artifact_that_is_gone_fails_its_version_alone(module_server: Phoenix
     assert "lost 1.0.0" in ready["checks"]["models"]
     assert list(ready["models_failed"]) == ["lost 1.0.0"]
     assert failed_loads >= 1
+    assert failed_requests == 1
 
 
 def test_an_error_without_a_body_is_an_error_of_the_same_shape(http: Lane) -> None:

@@ -24,7 +24,7 @@ from phoenix_ml.domain.features import StoredFeatures
 from phoenix_ml.domain.ids import batch_ids, new_batch_id, new_id
 from phoenix_ml.domain.models import Metadata, TensorSpec
 from phoenix_ml.domain.predictions import Instance
-from phoenix_ml.domain.routing import Choice, Role, Strategy
+from phoenix_ml.domain.routing import Choice, Role, Strategy, name_choice
 from phoenix_ml.domain.rows import Outputs, Scalar
 from phoenix_ml.domain.tensors import DATATYPE_OF, DTYPE_OF, Tensor, describe_tensor, encode_raw, pack_tensor
 
@@ -124,34 +124,38 @@ class Infer:
         prediction_id = new_id()
         key = request.routing_key or request.entity_id or prediction_id
         served, choice = model.pick_any(request.model_version, key)
-        form = form_of(served)
-        asked = _Asked(
-            request,
-            model,
-            choice,
-            prediction_id,
-            key,
-            form.check_outputs(request.outputs),
-            started,
-            traceparent,
-        )
-        if isinstance(served, TensorVersion):
-            form.check_inputs(request.inputs)
-            return await self._infer_tensors(served, asked)
-        assert isinstance(form, RowForm)
-        if request.entity_id is not None:
-            return await self._infer_row(served, form, asked, new_pending)
-        form.check_inputs(request.inputs)
-        count = form.count_rows(request.inputs)
-        if count == 1 and form.can_rebuild(asked.names):
-            return await self._infer_row(served, form, asked, new_pending)
-        if count > self._batch_limit:
-            raise BatchTooLarge(
-                f"the tensors have {count} rows, the limit is {self._batch_limit}: split them",
-                limit=self._batch_limit,
-                given=count,
+        try:
+            form = form_of(served)
+            asked = _Asked(
+                request,
+                model,
+                choice,
+                prediction_id,
+                key,
+                form.check_outputs(request.outputs),
+                started,
+                traceparent,
             )
-        return await self._infer_rows(served, form, asked, count)
+            if isinstance(served, TensorVersion):
+                form.check_inputs(request.inputs)
+                return await self._infer_tensors(served, asked)
+            assert isinstance(form, RowForm)
+            if request.entity_id is not None:
+                return await self._infer_row(served, form, asked, new_pending)
+            form.check_inputs(request.inputs)
+            count = form.count_rows(request.inputs)
+            if count == 1 and form.can_rebuild(asked.names):
+                return await self._infer_row(served, form, asked, new_pending)
+            if count > self._batch_limit:
+                raise BatchTooLarge(
+                    f"the tensors have {count} rows, the limit is {self._batch_limit}: split them",
+                    limit=self._batch_limit,
+                    given=count,
+                )
+            return await self._infer_rows(served, form, asked, count)
+        except Exception as exc:
+            name_choice(exc, choice)
+            raise
 
     async def drain(self) -> None:
         """Returns when the shadows of all answers are on record too."""

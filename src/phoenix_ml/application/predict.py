@@ -19,6 +19,7 @@ from phoenix_ml.domain.errors import (
     InferenceFailed,
     InternalError,
     InvalidField,
+    JournalFull,
     Overloaded,
     PhoenixError,
 )
@@ -26,7 +27,7 @@ from phoenix_ml.domain.events import PredictionMade
 from phoenix_ml.domain.features import SOURCE_LETTER, FeatureType, PackedFeatures, Source, StoredFeatures
 from phoenix_ml.domain.ids import new_id
 from phoenix_ml.domain.predictions import BatchRequest, Instance, PredictionRequest
-from phoenix_ml.domain.routing import Choice, Role, Strategy
+from phoenix_ml.domain.routing import Choice, Role, Strategy, name_choice
 from phoenix_ml.domain.rows import Outputs, Rows, Scalar
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,12 @@ class Predict:
         """
         model = self._live.model(request.model_id)
         row = await self._prepare(model, request.model_version, request, started, traceparent)
-        answered = self.answer(row, new_pending or asyncio.get_running_loop().create_future)
-        event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
+        try:
+            answered = self.answer(row, new_pending or asyncio.get_running_loop().create_future)
+            event = answered if type(answered) is PredictionMade else await answered  # type: ignore[misc]
+        except Exception as exc:
+            name_choice(exc, row.choice)
+            raise
         if model.shadows and request.model_version is None:
             self.start_shadows(model, request, event, row.reading)
         return Answer(event, row.served.contract.names)
@@ -150,7 +155,12 @@ class Predict:
                 for position, number in enumerate(numbers):
                     answers[number] = _event(rows[number], outputs, position, len(numbers), ended, now_ms)
         events = [answers[number] for number in range(len(rows))]
-        self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
+        try:
+            self._journal.append_many([_encode(event) for event in events], model.schema_digest, model.schema)
+        except JournalFull as exc:
+            if len({row.choice.version for row in rows}) == 1:
+                name_choice(exc, rows[0].choice)
+            raise
         for number, row in enumerate(rows):
             self._count(events[number], row)
         if model.shadows and request.model_version is None:
@@ -204,6 +214,10 @@ class Predict:
             if len(numbers) > 1:
                 return [part for number in numbers for part in await self._run(rows, [number])]
             _name_instance(exc, numbers[0])
+            name_choice(exc, members[0].choice)
+            raise
+        except Exception as exc:
+            name_choice(exc, members[0].choice)
             raise
         self._meter.ran(served.version, time.perf_counter() - ran_at, outputs.execution)
         if len(numbers) < len(rows):  # many short runs on end would hold up everybody else
@@ -221,8 +235,12 @@ class Predict:
         prediction_id = new_id()
         key = instance.routing_key or instance.entity_id or prediction_id
         served, choice = model.pick(version, key)
-        reading = await self.read(model, choice.version, instance)
-        return resolve(model, served, choice, instance, prediction_id, key, reading, started, traceparent)
+        try:
+            reading = await self.read(model, choice.version, instance)
+            return resolve(model, served, choice, instance, prediction_id, key, reading, started, traceparent)
+        except Exception as exc:
+            name_choice(exc, choice)
+            raise
 
     async def read(self, model: LiveModel, version: str, instance: Instance) -> Reading:
         """What the store has of the instance's entity; it may fail where the request has features too."""

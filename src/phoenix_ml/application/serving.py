@@ -28,7 +28,7 @@ from phoenix_ml.domain.errors import (
 )
 from phoenix_ml.domain.features import FeatureContract, FeatureType, PackedSignature, packed_signature
 from phoenix_ml.domain.models import ModelVersion, Task
-from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing
+from phoenix_ml.domain.routing import Choice, Router, Routing, default_routing, name_choice
 from phoenix_ml.domain.rows import ON_CPU, Execution, Outputs, RowFormat, Rows
 from phoenix_ml.domain.tensors import Tensor
 
@@ -243,7 +243,7 @@ class LiveModel:
         served = self.served.get(choice.version)
         if type(served) is ServedVersion:
             return served, choice
-        raise self._cannot_answer(choice.version, served)
+        raise self._cannot_answer(choice, served)
 
     def pick_any(self, version: str | None, key: str) -> tuple[Loaded, Choice]:
         """As ``pick``, of versions that take tensors too."""
@@ -253,9 +253,14 @@ class LiveModel:
         served = self.served.get(choice.version)
         if isinstance(served, Loaded):
             return served, choice
-        raise self._cannot_answer(choice.version, served)
+        raise self._cannot_answer(choice, served)
 
-    def _cannot_answer(self, version: str, served: Loaded | ModelLoadFailed | None) -> PhoenixError:
+    def _cannot_answer(self, choice: Choice, served: Loaded | ModelLoadFailed | None) -> PhoenixError:
+        error = self._fault(choice.version, served)
+        name_choice(error, choice)
+        return error
+
+    def _fault(self, version: str, served: Loaded | ModelLoadFailed | None) -> PhoenixError:
         if isinstance(served, TensorVersion):
             why = served.version.metadata.not_tabular or "it was registered as such"
             return TakesTensors(

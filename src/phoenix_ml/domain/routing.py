@@ -55,6 +55,17 @@ class Choice(Struct, frozen=True):
     probability: float
 
 
+def name_choice(error: Exception, choice: Choice) -> None:
+    """Notes on the error who was to answer, for who counts it."""
+    error.__dict__["choice"] = choice
+
+
+def choice_of(error: Exception) -> Choice | None:
+    """Who was to answer; None where the request failed before that was chosen."""
+    choice: Choice | None = error.__dict__.get("choice")
+    return choice
+
+
 def check_routing(routing: Routing) -> None:
     """Raises RoutingInvalid, saying what to change, unless the strategy can follow the arms."""
     strategy, arms = routing.strategy, routing.arms

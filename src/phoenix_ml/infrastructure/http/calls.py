@@ -119,7 +119,7 @@ class PredictionCalls:
             answers = await self._predict.batch(request, started, traceparent)
             payload = encode_json({"predictions": [describe_answer(answer) for answer in answers]})
         except Exception as exc:  # noqa: BLE001 - the boundary: every request gets an answer
-            return self._refuse(exc, model_id, request_id, started)
+            return self._refuse(exc, model_id, request_id, started, "batch")
         versions = {answer.event.model_version for answer in answers}
         version = versions.pop() if len(versions) == 1 else "several"
         self._meter.requested(model_id, version, "batch", 200, time.perf_counter() - started)
@@ -133,7 +133,9 @@ class PredictionCalls:
         self._meter.requested(OTHER, "", "feedback", 202, time.perf_counter() - started)
         return 202, encode_json({"accepted": accepted}), [*request_id_header(request_id or new_id()), JSON]
 
-    def _refuse(self, exc: Exception, model_id: str, request_id: str, started: float) -> Answer:
+    def _refuse(
+        self, exc: Exception, model_id: str, request_id: str, started: float, role: str = ""
+    ) -> Answer:
         """The answer to a request that failed; a defect of ours is logged, not shown."""
         error = error_for(exc)
         status = status_of(error)
@@ -146,6 +148,7 @@ class PredictionCalls:
             request_id=request_id,
             status=status,
             started=started,
+            role=role,
         )
         headers = [*request_id_header(request_id), JSON]
         if (seconds := retry_after_s(error)) is not None:

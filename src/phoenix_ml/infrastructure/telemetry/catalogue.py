@@ -6,7 +6,7 @@ from phoenix_ml.infrastructure.telemetry.metrics import Counter, Definition, Gau
 
 REQUESTS = Counter(
     "phoenix_requests_total",
-    "Requests to /predict, /predict/batch and /feedback by HTTP status; unregistered models are 'other'.",
+    "Requests for predictions, and to /feedback, by HTTP status; unregistered models are 'other', and version and role are empty where none was chosen.",
     ("model", "version", "role", "code"),
 )
 REQUEST_SECONDS = Histogram(

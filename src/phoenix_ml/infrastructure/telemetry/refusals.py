@@ -5,6 +5,7 @@ import time
 
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.domain.errors import InternalError, JournalFull, PhoenixError
+from phoenix_ml.domain.routing import choice_of
 from phoenix_ml.infrastructure.telemetry.meter import OTHER, MetricsMeter
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,11 @@ def record_refusal(
     request_id: str,
     status: int,
     started: float,
+    role: str = "",
 ) -> None:
-    """``status`` is HTTP's, of which 500 and above are logged; ``started`` is ``time.perf_counter()`` at arrival."""
+    """``status`` is HTTP's, of which 500 and above are logged; ``started`` is ``time.perf_counter()`` at arrival,
+    ``role`` what is counted instead of the chosen version's.
+    """
     error = error_for(exc)
     if isinstance(error, JournalFull):
         meter.journal_refused()
@@ -38,5 +42,10 @@ def record_refusal(
             exc_info=None if error is exc else exc,
             extra={"code": error.code, "request_id": request_id, "details": error.details},
         )
-    known = model_id if model_id in live.models else OTHER
-    meter.requested(known, "", "", status, time.perf_counter() - started)
+    model, choice = live.models.get(model_id), choice_of(exc)
+    took_s = time.perf_counter() - started
+    # A request may name a version that is none.
+    if model is not None and choice is not None and choice.version in model.registered:
+        meter.requested(model_id, choice.version, role or choice.role, status, took_s)
+    else:
+        meter.requested(model_id if model is not None else OTHER, "", "", status, took_s)
