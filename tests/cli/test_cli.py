@@ -605,11 +605,34 @@ def test_numbers_name_entities_too(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("features", "get", "8", "--json").stdout)["features"] == {"a": 2.5}
 
 
+def test_a_large_table_that_cannot_be_loaded_says_how_far_it_came(run: Run, tmp_path: Path) -> None:
+    """It is stored in pieces, and who mends the row has to know what is there already."""
+    file = tmp_path / "table.csv"
+    rows = [f"{'x' * 100}_{number},{number}.5" for number in range(15_000)]
+    rows[12_000] = "cust,inf"
+    file.write_text("\n".join(["id,a", *rows]))
+
+    done = run("features", "load", str(file), "--entity", "id", code=1)
+
+    message = " ".join(done.stderr.split())
+    assert (
+        "feature_invalid row 12001: entity 'cust': 'a' is not a finite number; the 12000 entities" in message
+    )
+    stored = json.loads(run("features", "get", f"{'x' * 100}_11999", "--json").stdout)
+    assert stored["features"] == {"a": 11_999.5}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("t.csv", "id,a\n1,2\n", "no column 'customer'; it has id, a"),
-        ("t.csv", "customer,a\n,2\n", "no entity id in column 'customer'"),
+        ("t.csv", "customer,a\n,2\n", "row 1 has no entity id in column 'customer'"),
+        ("t.csv", "customer,a\nx,1\ny\0z,2\n", "row 2: entity id 'y\\x00z' is not usable"),
+        (
+            "t.csv",
+            "customer,a\nx,1\ny,2\nz,inf\n",
+            "row 3: entity 'z': 'a' is not a finite number; the 2 entities before",
+        ),
         ("t.csv", "customer,a\nx,1\ny,2,3\n", "cannot be read"),
         ("t.csv", "", "cannot be read"),
         ("t.parquet", "nonsense", "cannot be read"),
@@ -625,8 +648,8 @@ def test_a_table_that_cannot_be_loaded_says_why(
 
     done = run("features", "load", str(file), "--entity", "customer", code=1)
 
-    assert said in done.stderr
-    assert "error invalid_field" in done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert re.search("error (invalid_field|feature_invalid)", done.stderr)
     assert "Traceback" not in done.output
 
 

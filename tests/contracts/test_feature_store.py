@@ -288,11 +288,13 @@ async def test_what_could_not_come_back_equal_is_refused_before_anything_is_writ
     assert await store.read_all("good") is None
 
 
-@pytest.mark.parametrize("entity_id", ["", "\udcff"])
+@pytest.mark.parametrize("entity_id", ["", "\udcff", "a\0b"])
 async def test_an_entity_id_that_is_no_text_is_refused(store: FeatureStore, entity_id: str) -> None:
     """It could never be asked for over HTTP."""
     with pytest.raises(InvalidField):
-        await store.write({entity_id: {"a": 1}}, 1_000)
+        await store.write({"good": {"a": 1}, entity_id: {"a": 1}}, 1_000)
+
+    assert await store.read_all("good") is None
 
 
 async def test_entities_are_kept_apart(store: FeatureStore) -> None:

@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from phoenix_ml.application.ports import FeatureStore
-from phoenix_ml.domain.errors import EntityUnknown, FeatureInvalid, InvalidField
+from phoenix_ml.domain.errors import EntityUnknown, FeatureInvalid, InvalidField, InvalidRequest
 from phoenix_ml.domain.features import FeatureType, PackedSignature, packed_signature
 from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.domain.rows import Scalar
@@ -62,28 +62,42 @@ async def load_features(
     store: FeatureStore,
     batches: Iterable[tuple[Mapping[str, Sequence[Scalar | None]], float]],
     entity: str,
-    on_progress: Callable[[float], None],
+    on_progress: Callable[[float, int], None],
     signatures: Sequence[PackedSignature] = (),
 ) -> int:
     """How many rows of a table were stored: one entity a row, named by the column ``entity``.
 
-    Every batch is columns and the share of the table read so far. Empty cells and NaN, which is how
-    data frames write "missing", remove the feature. Raises what ``store_features`` raises.
+    Every batch is columns and the share of the table read so far; ``on_progress`` is told that share and how
+    many are stored. Empty cells and NaN, which is how data frames write "missing", remove the feature. Raises
+    what ``store_features`` raises, and names the row that cannot be stored.
     """
-    loaded = 0
+    loaded = row_count = 0
     for columns, share in batches:
         names = [name for name in columns if name != entity]
         rows = zip(*(columns[name] for name in names), strict=True)
-        entities = {}
+        entities: dict[str, Features] = {}
+        row_of: dict[str, int] = {}
         for key, row in zip(columns[entity], rows, strict=True):
+            row_count += 1
             if key is None:
-                raise InvalidField(f"a row has no entity id in column {entity!r}", field="entity")
+                raise InvalidField(f"row {row_count} has no entity id in column {entity!r}", field="entity")
+            row_of[str(key)] = row_count
             entities[str(key)] = {
                 name: None if value != value else value  # noqa: PLR0124 - NaN differs from itself
                 for name, value in zip(names, row, strict=True)
             }
-        loaded += await store_features(store, entities, signatures)
-        on_progress(share)
+        try:
+            loaded += await store_features(store, entities, signatures)
+        except InvalidRequest:
+            # None of them is stored. Up to the one that is to blame they are, one by one.
+            for key, features in entities.items():
+                try:
+                    loaded += await store_features(store, {key: features}, signatures)
+                except InvalidRequest as exc:
+                    exc.message = f"row {row_of[key]}: {exc.message}"
+                    raise
+                on_progress(share, loaded)
+        on_progress(share, loaded)
     return loaded
 
 

@@ -23,7 +23,7 @@ from phoenix_ml.cli.common import (
     run_async,
     show_json,
 )
-from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField
+from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, PhoenixError
 from phoenix_ml.settings import load_settings
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
 
     signatures = signatures_to_pack(data)
     store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
+    stored = 0
     try:
         with open_table(file, text_columns=[entity]) as table, Progress(console=err) as bar:
             if entity not in table.names:
@@ -66,9 +67,17 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
                     f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
                 )
             task = bar.add_task(f"loading {file.name}", total=1.0)
-            return await load_features(
-                store, table.batches, entity, lambda share: bar.update(task, completed=share), signatures
-            )
+
+            def tell(share: float, loaded: int) -> None:
+                nonlocal stored
+                stored = loaded
+                bar.update(task, completed=share)
+
+            return await load_features(store, table.batches, entity, tell, signatures)
+    except PhoenixError as exc:
+        if stored:
+            exc.message += f"; the {stored} entities before it are stored"
+        raise
     finally:
         await store.close()
 

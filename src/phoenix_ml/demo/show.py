@@ -133,7 +133,7 @@ async def _load_features(phoenix: Phoenix, training: Training) -> int:
     try:
         with open_table(training.features_path) as table:
             signatures = packed_signatures(phoenix.registry.list_versions())
-            return await load_features(store, table.batches, "entity_id", lambda _: None, signatures)
+            return await load_features(store, table.batches, "entity_id", lambda *_: None, signatures)
     finally:
         await store.close()
 

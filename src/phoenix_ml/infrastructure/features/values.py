@@ -66,9 +66,10 @@ def as_text(value: Scalar) -> str:
 
 
 def _checked_entity(entity_id: str) -> str:
-    if not entity_id or not _is_unicode(entity_id):
+    if not entity_id or not _is_unicode(entity_id) or "\0" in entity_id:
         raise InvalidField(
-            f"entity id {entity_id!r} is not usable: it must be Unicode text", field="entity_id"
+            f"entity id {entity_id!r} is not usable: it must be Unicode text, without U+0000",
+            field="entity_id",
         )
     return entity_id
 
