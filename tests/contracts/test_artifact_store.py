@@ -217,9 +217,10 @@ def assert_refused_unopened(use: Callable[[str], object], uri: str) -> None:
     global opened  # noqa: PLW0603 - what the audit hook writes to
     opened = []
     try:
-        with pytest.raises(ModelLoadFailed, match="leads out of the store"):
+        with pytest.raises(ModelLoadFailed, match="leads out of the store") as caught:
             use(uri)
         assert opened == []
+        assert "register" not in caught.value.message  # nobody can repair that
     finally:
         opened = None
 

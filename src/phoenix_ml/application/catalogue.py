@@ -161,8 +161,7 @@ def activate(
         load_version(registry.get(model_id, version), artifacts, engines)
     except ModelLoadFailed as exc:
         raise ModelRefused(
-            f"{model_id} {version} does not load: {exc.message}; register the same file again to repair it, "
-            "or a new version",
+            f"{model_id} {version} does not load: {exc.message}; where it cannot be repaired, register a new version",
             **exc.details,
         ) from exc
     return registry.set_active(model_id, version, True, actor)

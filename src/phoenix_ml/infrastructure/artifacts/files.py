@@ -12,6 +12,7 @@ from phoenix_ml.application.ports import StoredArtifact
 from phoenix_ml.domain.errors import ArtifactStoreUnavailable, ModelLoadFailed
 
 _BLOCK_BYTES = 1 << 20
+_REPAIR = "register the same file again to repair it"
 # The only form of URI that the store hands out, so nothing else can lead anywhere.
 _URI = re.compile(r"sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})")
 
@@ -59,12 +60,14 @@ class FileArtifacts:
                 while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
         except OSError as exc:
+            advice = f"; {_REPAIR}" if isinstance(exc, FileNotFoundError) else ""
             raise ModelLoadFailed(
-                f"the artifact cannot be read: {exc.strerror}: {path}", uri=uri, path=str(path)
+                f"the artifact cannot be read: {exc.strerror}: {path}{advice}", uri=uri, path=str(path)
             ) from exc
         if digest.hexdigest() != sha256_:
             raise ModelLoadFailed(
-                f"the artifact is damaged: {path} has sha256 {digest.hexdigest()}, registered was {sha256_}",
+                f"the artifact is damaged: {path} has sha256 {digest.hexdigest()}, registered was {sha256_}; "
+                f"{_REPAIR}",
                 uri=uri,
                 path=str(path),
                 found_sha256=digest.hexdigest(),
