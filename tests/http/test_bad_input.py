@@ -208,9 +208,45 @@ def test_a_feature_the_model_does_not_have_is_refused(lane: Lane, name: str) -> 
     response = lane.request("POST", "/predict", json={"model_id": "abc", "features": {"a": 1, name: 2}})
 
     error = refused(response, 422, "feature_unknown")
-    assert error["details"]["feature"] == name
+    assert error["details"]["feature"] == (name if len(name) < 2000 else f"{'x' * 1000}…{'x' * 1000}")
     assert "a, b, c" in error["message"]
     assert len(error["message"]) < 300
+
+
+LONG = "x" * 1_000_000
+LONG_WORDS: list[tuple[str, str, Any]] = [
+    ("POST", "/predict", {"model_id": "abc", "features": {LONG: 1}}),
+    ("POST", "/predict", {"model_id": "abc", "features": [1, 2, LONG]}),
+    ("POST", "/predict", {"model_id": "abc", LONG: 1}),
+    ("POST", "/predict", {"model_id": LONG}),
+    ("POST", "/predict", {"model_id": "typed", "features": {"city": 1, LONG: 2}}),
+    ("PUT", "/features/cust_1", {"features": {"_" + LONG: 1}}),
+    ("PUT", "/features/cust_1", {"features": {LONG: 2**64}}),
+    ("PUT", "/models/abc/routing", {"strategy": LONG, "arms": []}),
+    ("PUT", "/models/abc/monitoring", {LONG: 1}),
+    ("POST", "/models/abc/versions/1.0.0/stage", {"stage": LONG}),
+    (
+        "POST",
+        "/v2/models/abc/infer",
+        {"inputs": [{"name": LONG, "shape": [1], "datatype": "FP32", "data": [1]}]},
+    ),
+    (
+        "POST",
+        "/v2/models/abc/infer",
+        {"inputs": [{"name": "x", "shape": [1], "datatype": LONG, "data": [1]}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), LONG_WORDS)
+def test_an_answer_repeats_no_more_than_some_of_what_was_sent(
+    lane: Lane, method: str, path: str, body: Any
+) -> None:
+    """Logs and clients keep errors, and who sends megabytes should not fill them."""
+    response = lane.request(method, path, json=body)
+
+    assert 400 <= response.status_code < 500
+    assert len(response.content) < 12_000
 
 
 def test_the_last_of_two_equal_keys_counts(lane: Lane) -> None:

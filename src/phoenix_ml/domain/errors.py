@@ -57,16 +57,30 @@ PhoenixError
 
 from typing import Any, ClassVar
 
+_MESSAGE_CHARACTERS = 8000
+_DETAIL_CHARACTERS = 2000
+
 
 class PhoenixError(Exception):
-    """An error with a stable code, a message that says what to do, and details for machines."""
+    """An error with a stable code, a message that says what to do, and details for machines.
+
+    What somebody sent may be of any length, so of long texts the middle is left out.
+    """
 
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details = details
+        self.message = _cut(message, _MESSAGE_CHARACTERS)
+        super().__init__(self.message)
+        self.details = {
+            name: _cut(value, _DETAIL_CHARACTERS) if isinstance(value, str) else value
+            for name, value in details.items()
+        }
+
+
+def _cut(text: str, characters: int) -> str:
+    half = characters // 2
+    return text if len(text) <= characters else f"{text[:half]}…{text[-half:]}"
 
 
 class InvalidRequest(PhoenixError):
