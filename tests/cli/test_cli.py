@@ -169,9 +169,13 @@ def test_every_command_that_prints_data_takes_json(path: tuple[str, ...]) -> Non
         ["models"],
         ["models", "register"],
         ["models", "register", "there-is-no-such-file.onnx", "--id", "m", "--version", "1.0.0"],
+        ["models", "register", __file__, "--id", "m", "--version", "1.0"],
+        ["models", "register", __file__, "--id", "a/b", "--version", "1.0.0"],
         ["models", "stage", "m", "1.0.0", "live"],
         ["models", "routing", "m", "1.0.0", "--strategy", "pinned"],
         ["features", "put", "e"],
+        ["features", "put", "e", "income"],
+        ["features", "put", "e", "=5"],
         ["features", "load", "there-is-no-such-file.csv", "--entity", "id"],
         ["predictions", "list", "--limit", "0"],
         ["predictions", "list", "--limit", "1001"],
@@ -179,6 +183,7 @@ def test_every_command_that_prints_data_takes_json(path: tuple[str, ...]) -> Non
         ["work"],
         ["serve", "--port", "many"],
         ["predict"],
+        ["predict", "m", "--feature", "X_0"],
     ],
     ids=" ".join,
 )
@@ -290,6 +295,23 @@ def test_a_variable_that_looks_like_a_misspelt_setting_is_doubted_but_no_error(
 
     doubts = {finding["check"]: finding["found"] for finding in found}["environment"]
     assert doubts == "warning: PHOENIX_WORKRES is not a setting: is PHOENIX_WORKERS meant?"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("models", "list"), ("features", "put", "e", "a=1"), ("db", "upgrade")]
+)
+def test_each_command_doubts_a_misspelt_variable_beside_its_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """With PHOENIX_DATABSE a command looks into another database than its owner believes."""
+    monkeypatch.setenv("PHOENIX_DATABSE", "sqlite:///elsewhere.db")
+    monkeypatch.setenv("PHOENIX_API_KEY", "of another product")
+
+    done = run(*arguments, "--json")
+
+    json.loads(done.stdout)
+    said = "warning PHOENIX_DATABSE is not a setting and is ignored: is PHOENIX_DATABASE meant?"
+    assert done.stderr.splitlines() == [said]
 
 
 # What is written, and who may read it.
@@ -422,14 +444,11 @@ def test_shadow_arms_take_their_role_from_the_strategy(run: Run, model: Path) ->
         (["models", "stage", "m", "1.0.0", "prod"], "stage_conflict"),
         (["models", "routing", "nowhere"], "model_unknown"),
         (["models", "routing", "m", "1.0.0=0"], "routing_invalid"),
-        (["models", "routing", "m", "1.0.0=much"], "invalid_field"),
         (["models", "routing", "m", "1.0.0=nan"], "routing_invalid"),
         (["models", "routing", "m", "1.0.0", "1.0.0"], "routing_invalid"),
         (["models", "routing", "m", "1.0.0"], "version_inactive"),
         (["models", "routing", "m", "7.0.0"], "version_unknown"),
         (["features", "get", "nobody"], "entity_unknown"),
-        (["features", "put", "e", "income"], "invalid_field"),
-        (["features", "put", "e", "=5"], "invalid_field"),
         (["features", "put", "e", "_updated_at=5"], "invalid_field"),
         (["features", "put", "e", "a=99999999999999999999"], "feature_invalid"),
         (["predictions", "show", str(uuid4())], "prediction_unknown"),
@@ -831,7 +850,6 @@ def test_predictions_are_asked_for_listed_and_shown(server: PhoenixServer) -> No
         (["abc", "--entity", "nobody"], "entity_unknown"),
         (["abc"], "invalid_field"),
         (["abc", "--feature", "a=1"], "feature_missing"),
-        (["abc", "--feature", "a"], "invalid_field"),
         (["abc", "--version", "9.9.9", "--feature", "a=1"], "version_unknown"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

@@ -20,7 +20,7 @@ from phoenix_ml import __version__
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.errors import InvalidField, PhoenixError
 from phoenix_ml.domain.models import ModelVersion
-from phoenix_ml.settings import load_settings
+from phoenix_ml.settings import load_settings, misspelt_variables
 
 T = TypeVar("T")
 err = Console(stderr=True)
@@ -69,6 +69,15 @@ def main(ctx: click.Context) -> None:
     # What the commands and their processes write is for this user alone: it holds what callers sent.
     users_own = os.umask(0o077)
     ctx.call_on_close(lambda: os.umask(users_own))
+    if ctx.invoked_subcommand not in ("serve", "doctor"):  # they say it in their own way
+        for name, near in misspelt_variables(os.environ).items():
+            warn(f"{name} is not a setting and is ignored: is {near} meant?")
+
+
+def warn(message: str) -> None:
+    """Says it on standard error, in one line."""
+    err.print("[yellow]warning[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -112,10 +121,23 @@ def watched_version(phoenix: Phoenix, model_id: str, model_version: str | None) 
     return answering_version(phoenix.registry, model_id)
 
 
+def checked_by(check: Callable[[str], None]) -> Callable[[click.Context, click.Parameter, str], str]:
+    """An option's callback: what the check refuses is wrong usage."""
+
+    def call(_: click.Context, __: click.Parameter, value: str) -> str:
+        try:
+            check(value)
+        except InvalidField as exc:
+            raise click.BadParameter(exc.message) from exc
+        return value
+
+    return call
+
+
 def parse_value(word: str) -> tuple[str, Any]:
     name, separator, text = word.partition("=")
     if not separator or not name:
-        raise InvalidField(f"{word!r}: write NAME=VALUE, such as income=2100", field="values")
+        raise click.BadParameter(f"{word!r}: write NAME=VALUE, such as income=2100")
     try:
         value = msgspec.json.decode(text.encode(), type=float | int | bool | str | None)
     except msgspec.DecodeError:

@@ -13,18 +13,26 @@ from rich.table import Table
 
 from phoenix_ml.cli.common import (
     actor,
+    checked_by,
     data_option,
-    err,
     example,
     json_option,
     main,
     opened,
     print_wide,
     show_json,
+    warn,
 )
-from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.features import FeatureRule
-from phoenix_ml.domain.models import Framework, Metadata, ModelVersion, Stage, Task
+from phoenix_ml.domain.models import (
+    Framework,
+    Metadata,
+    ModelVersion,
+    Stage,
+    Task,
+    check_model_id,
+    check_version,
+)
 from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
 
 if TYPE_CHECKING:
@@ -41,8 +49,12 @@ def models() -> None:
 
 @models.command("register")
 @click.argument("artifact", metavar="PATH")
-@click.option("--id", "model_id", required=True, help="The model's name.")
-@click.option("--version", required=True, help="Semantic version, such as 1.0.0.")
+@click.option(
+    "--id", "model_id", required=True, callback=checked_by(check_model_id), help="The model's name."
+)
+@click.option(
+    "--version", required=True, callback=checked_by(check_version), help="Semantic version, such as 1.0.0."
+)
 @click.option("--stage", type=click.Choice(STAGES), default="dev", show_default=True)
 @click.option(
     "--features", type=click.Path(exists=True, path_type=Path), help="Feature contract, a JSON file."
@@ -133,12 +145,12 @@ def models_register(
             if task is not None:
                 raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
             if check_trust(path, trust):
-                _warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
+                warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
             left_out = [name for name in (time, outcome) if name is not None]
             wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
             path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
             for note in conversion.notes:
-                _warn(note)
+                warn(note)
         elif sample is not None or trust:
             raise click.UsageError(
                 f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
@@ -173,11 +185,6 @@ def _locate(artifact: str, folder: Path, tracking_uri: str | None) -> Path:
     if path.is_dir():
         raise click.BadParameter(f"{artifact!r} is a folder, and has no MLmodel", param_hint="PATH")
     return path
-
-
-def _warn(message: str) -> None:
-    err.print("[yellow]warning[/] ", end="")
-    err.print(message, markup=False, highlight=False)
 
 
 def show_version(
@@ -425,5 +432,5 @@ def parse_routing(arms: tuple[str, ...], strategy: str | None, salt: str) -> Rou
         try:
             parsed.append(Arm(version, other if number else Role.CHAMPION, float(weight or 1)))
         except ValueError:
-            raise InvalidField(f"{word!r}: write VERSION=WEIGHT, such as 1.0.0=90", field="arms") from None
+            raise click.BadParameter(f"{word!r}: write VERSION=WEIGHT, such as 1.0.0=90") from None
     return Routing(chosen, tuple(parsed), salt)
