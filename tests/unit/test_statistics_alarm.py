@@ -227,6 +227,16 @@ def test_design_effects_are_the_ratio_of_the_variances_of_blocks() -> None:
     assert found[2:] == (None,) * 5
 
 
+def test_blocks_without_a_value_teach_no_design_effect() -> None:
+    """Counted as blocks that do not differ, they would make a season look like chance; by hand: 8 blocks, 1 cut at ½."""
+    full = np.array([[60, 40], [40, 60]] * 4)
+    empty = np.zeros((12, 2), dtype=np.int64)
+    # Σ n(F − ½)² / ¼ = 8 · 100 · 0.01 · 4 = 32, over the lower 5 % of chi-square with 7 degrees of freedom.
+    expected = round(32 / 2.16735, 4)
+    assert design_effects(np.concatenate([full, empty]), is_ordered=True)[0] == pytest.approx(expected, 1e-4)
+    assert design_effects(np.concatenate([full[:7], empty]), is_ordered=True)[0] is None
+
+
 def seasonal(rows: int, seed: int) -> list[float]:
     hours = np.arange(rows) // 200 % 24
     values: list[float] = (

@@ -119,6 +119,18 @@ def test_a_truth_that_the_model_takes_as_a_number_is_still_a_truth() -> None:
     assert counter.aside(counts, "m", WRONG_TYPE) == 1
 
 
+@pytest.mark.parametrize(
+    ("reference", "expected"), [(["", None] * 500, [3]), (["True", "False"] * 500, [0, 0, 3])]
+)
+def test_a_text_is_never_of_another_type_than_a_text(reference: list[Any], expected: list[int]) -> None:
+    """A feature that is text may say "True" or nothing in its reference; "unknown" after that is another level, no defect."""
+    baseline = describe_reference({"c": reference}, {"c": STRING})
+    counter = CellCounter(baseline)
+    counts = counter.count({"c": ["unknown"] * 3})
+    assert counter.cells(counts, "c").tolist() == expected
+    assert check_schema(baseline, counts) == ()
+
+
 def test_a_reference_is_rounded_as_the_engine_rounds_it() -> None:
     """0.1 as float32 is above 0.1: unrounded, a third of the rows would move into the next cell without any change."""
     values = [0.1, 0.2, 0.3] * 100

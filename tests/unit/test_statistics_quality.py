@@ -37,7 +37,7 @@ from phoenix_ml.domain.baselines import Baseline, Estimate, Quality
 from phoenix_ml.domain.errors import ModelRefused
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Task
-from phoenix_ml.domain.rows import Outputs
+from phoenix_ml.domain.rows import ElementType, Outputs
 
 FLOAT = FeatureRule(FeatureType.FLOAT)
 # Two digits make ties.
@@ -183,6 +183,26 @@ def test_a_drop_is_confirmed_by_two_windows_and_not_by_chance() -> None:
     assert not any(is_drop_confirmed(baseline, a, b) for a, b in itertools.pairwise(same))
     assert is_drop_confirmed(baseline, hard[0], hard[1])
     assert not is_drop_confirmed(baseline, same[0], hard[0])
+
+
+def test_the_error_of_a_regression_is_estimated_from_truths_that_come_back_as_numbers() -> None:
+    """A boolean of a float32 tensor is 1.0 in the log; taken for another level, the model of the error would ignore it."""
+    rng = np.random.default_rng(14)
+    flag = rng.random(4000) < 0.5
+    truth = np.where(flag, 5.0, 0.5)
+    baseline = describe_reference(
+        {"flag": flag.tolist()},
+        {"flag": FeatureRule(FeatureType.BOOLEAN)},
+        elements={"flag": ElementType.FLOAT32},
+        outputs=Outputs([0.0] * 4000),
+        outcomes=truth.tolist(),
+        task=REGRESSION,
+    )
+    estimate = estimate_performance(
+        baseline, REGRESSION, Outputs([0.0] * 1000), {"flag": np.ones(1000, dtype=np.float32)}
+    )
+    assert estimate is not None
+    assert estimate.value == pytest.approx(5.0, abs=0.05)
 
 
 def test_the_error_of_a_regression_is_estimated_from_its_rows() -> None:

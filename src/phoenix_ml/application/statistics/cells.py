@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import compress
 from typing import Any, Final
@@ -25,7 +25,7 @@ MISSING, INFINITE, WRONG_TYPE, BELOW, ABOVE, FAR = range(6)
 EXTRAS: Final = 6
 # No population moves so far; a factor of a hundred or a thousand does.
 FAR_SPANS: Final = 10.0
-_TRUTHS: Final = {"True", "False"}
+_TRUTHS: Final = frozenset({"True", "False"})
 
 
 class _Stored(msgspec.Struct):
@@ -203,19 +203,29 @@ class CellCounter:
         levels = self._levels[name]
         extras = own[len(levels) + 1 :]
         values = column.tolist() if isinstance(column, np.ndarray) else column
-        are_truths = set(levels) <= _TRUTHS
         for value, count in Counter(values).items():
             if is_missing(value):
                 extras[MISSING] += count
                 continue
-            level = str(value)
-            # A truth that the model takes as a number comes back as one.
-            if are_truths and not isinstance(value, bool) and level not in _TRUTHS:
-                if value not in (0, 1):
-                    extras[WRONG_TYPE] += count
-                    continue
-                level = str(bool(value))
-            own[levels.get(level, len(levels))] += count
+            level = level_of(value, levels)
+            if level is None:
+                extras[WRONG_TYPE] += count
+            else:
+                own[levels.get(level, len(levels))] += count
+
+
+def level_of(value: object, levels: Collection[str]) -> str | None:
+    """The level that a value is; None for a number that is no truth, where the known levels are truths.
+
+    A truth that the model takes as a number comes back from the log as one. A text is what it says, whatever the levels.
+
+    >>> level_of(1.0, ["True", "False"]), level_of(7.0, ["True"]), level_of("7", ["True"]), level_of(7, ["a"])
+    ('True', None, '7', '7')
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not levels or not _TRUTHS.issuperset(levels):
+        return str(value)
+    return str(bool(value)) if value in (0, 1) else None
 
 
 def is_missing(value: object) -> bool:

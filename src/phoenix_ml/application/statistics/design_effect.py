@@ -11,8 +11,8 @@ FEWEST_BLOCKS = 8
 def design_effects(batches: NDArray[np.int64], *, is_ordered: bool) -> tuple[float | None, ...]:
     """One design effect a window of WINDOWS, from counts of shape (batches in time order, cells).
 
-    With B blocks of w batches, F_bk the cumulative share at cut k of block b, q_k that of all and n_b its values:
-    s = mean_k Σ_b n_b (F_bk − q_k)² / (q_k(1 − q_k)) / (B − 1), and the effect is
+    With B blocks of w batches that have a value, F_bk the cumulative share at cut k of block b, q_k that of all and
+    n_b its values: s = mean_k Σ_b n_b (F_bk − q_k)² / (q_k(1 − q_k)) / (B − 1), and the effect is
     max(1, s(B − 1) / χ²_0.05(B − 1)), the upper end of a 95 % interval for it, because too small an effect lets a
     season ring the alarm. Levels, which have no order, are compared by their own shares. None where B < 8.
 
@@ -26,17 +26,16 @@ def design_effects(batches: NDArray[np.int64], *, is_ordered: bool) -> tuple[flo
 
     effects: list[float | None] = []
     for window in WINDOWS:
-        blocks = len(batches) // window
+        whole = len(batches) // window
+        counts = batches[: whole * window].reshape(whole, window, batches.shape[1]).sum(axis=1)
+        values = counts.sum(axis=1, keepdims=True)
+        # A block without a value says nothing of how blocks differ.
+        counts, values = counts[values[:, 0] > 0], values[values[:, 0] > 0]
+        blocks = len(counts)
         if blocks < FEWEST_BLOCKS:
             effects.append(None)
             continue
-        counts = batches[: blocks * window].reshape(blocks, window, -1).sum(axis=1)
-        values = counts.sum(axis=1, keepdims=True)
-        counts, values = counts[values[:, 0] > 0], values[values[:, 0] > 0]
         total = counts.sum(axis=0)
-        if not total.sum():
-            effects.append(1.0)
-            continue
         shares, expected = counts / values, total / total.sum()
         if is_ordered:
             shares, expected = shares.cumsum(axis=1)[:, :-1], expected.cumsum()[:-1]

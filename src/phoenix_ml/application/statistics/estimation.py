@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phoenix_ml.application.statistics.cells import Column, is_missing
+from phoenix_ml.application.statistics.cells import Column, is_missing, level_of
 from phoenix_ml.application.statistics.outputs import labels_of, output_columns
 from phoenix_ml.domain.baselines import (
     RESULT,
@@ -230,12 +230,11 @@ def _groups(entry: FeatureBaseline, column: Column, groups: int) -> NDArray[np.i
         places = np.asarray(entry.cuts, dtype=np.float64).searchsorted(values, side="left")
         return np.where(np.isnan(values), groups, places * groups // cells)
     known = {level: i for i, level in enumerate(entry.levels)}
-    return np.array(
-        [
-            groups if is_missing(value) else known.get(str(value), len(known)) * groups // cells
-            for value in column
-        ]
-    )
+    places = []
+    for value in column.tolist() if isinstance(column, np.ndarray) else column:
+        level = None if is_missing(value) else level_of(value, known)
+        places.append(groups if level is None else known.get(level, len(known)) * groups // cells)
+    return np.array(places)
 
 
 def _fit_losses(baseline: Baseline, columns: Mapping[str, Any], errors: Numbers) -> LossModel:
