@@ -7,13 +7,15 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import chi2, fisher_exact, hypergeom
+from scipy.stats import binom, chi2, fisher_exact, hypergeom, poisson
 
 from phoenix_ml.application.statistics.alarm import (
     AlarmSettings,
     DriftAlarm,
     ad_threshold,
     level_p_value,
+    level_squares,
+    number_squares,
     weigh_cuts,
 )
 from phoenix_ml.application.statistics.baseline import describe_reference
@@ -95,6 +97,95 @@ def test_a_level_is_tested_by_fishers_exact_tails(x: int, n: int, c: int, m: int
     table = [[x, n - x], [c, m - c]]
     tails = [fisher_exact(table, alternative=side).pvalue for side in ("greater", "less")]
     assert level_p_value(x, n, c, m) == pytest.approx(min(1.0, 2 * min(tails)), rel=1e-9)
+
+
+@pytest.mark.parametrize("effect", [1.0, 3.0])
+def test_p_values_of_levels_in_the_thousands_are_scipys(effect: float) -> None:
+    """The tail is summed up for all levels at once; above the budget the sum is left out, and only there."""
+    rng = np.random.default_rng(21)
+    n, m = rng.integers(500, 64_000, 200), rng.integers(500, 20_000, 200)
+    share = rng.beta(0.5, 3, 200)
+    x, c = rng.binomial(n, np.minimum(1, share * rng.uniform(0.6, 1.6, 200))), rng.binomial(m, share)
+    fewer = [np.rint(values / effect) for values in (x, n, c, m)]
+    upper = hypergeom.sf(fewer[0] - 1, fewer[1] + fewer[3], fewer[0] + fewer[2], fewer[1])
+    lower = hypergeom.cdf(fewer[0], fewer[1] + fewer[3], fewer[0] + fewer[2], fewer[1])
+    expected = np.minimum(1, 2 * np.minimum(upper, lower))
+    is_small = expected < 0.1
+    assert is_small.sum() > 50
+    assert level_p_value(x, n, c, m, effect)[is_small] == pytest.approx(
+        expected[is_small], rel=1e-7, abs=1e-280
+    )
+    assert ((level_p_value(x, n, c, m, effect, 1e-6) <= 1e-6) == (expected <= 1e-6)).all()
+
+
+@pytest.mark.parametrize(("m", "n"), [(300, 1000), (500, 4000), (2000, 1000), (10_000, 1000), (10_000, 4000)])
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05, 0.1, 0.3])
+def test_the_anderson_darling_half_keeps_its_budget_on_two_valued_numbers(
+    m: int, n: int, share: float
+) -> None:
+    """Exact: the sum over both binomials of what is beyond the threshold. Over q(1 − q) alone it was up to 7,000 times a/2."""
+    budget = 1 / (1e4 * 2 * 30 * 7)
+    c, x = np.arange(m + 1), np.arange(n + 1)
+    c, x = c[binom.pmf(c, m, share) > 1e-14], x[binom.pmf(x, n, share) > 1e-14]
+    chances = np.outer(binom.pmf(c, m, share), binom.pmf(x, n, share))
+    recent, reference = np.broadcast_arrays(x / n, (c / m)[:, None])
+    squares = number_squares(recent, reference, np.add.outer(c, x) / (m + n))
+    # One cut: its weight is ½, and the threshold that of any share.
+    beyond = n * m / (n + m) * squares / 2 >= ad_threshold((0.5,), budget)
+    assert chances[beyond & (np.abs(recent - reference) >= 0.02)].sum() <= budget / 2
+
+
+@pytest.mark.parametrize(("m", "n"), [(500, 1000), (10_000, 1000), (10_000, 64_000)])
+@pytest.mark.parametrize("levels", [2, 10])
+def test_the_chi_square_half_keeps_its_budget_on_rare_levels(m: int, n: int, levels: int) -> None:
+    """Levels of 20 rows each in the smaller sample, as Poisson counts, which sum up by convolution; χ² alone took 10 times."""
+    budget, cell = 1 / (1e4 * 2 * 30 * 7), 0.02
+    share = 20 / min(n, m)
+    c, x = np.arange(int(poisson.isf(1e-15, m * share))), np.arange(int(poisson.isf(1e-15, n * share)))
+    chances = np.outer(poisson.pmf(c, m * share), poisson.pmf(x, n * share))
+    recent, reference = np.broadcast_arrays(x / n, (c / m)[:, None])
+    statistics = n * m / (n + m) * level_squares(recent, reference, np.add.outer(c, x) / (m + n))
+    size = 1 << 14
+    places = np.minimum((statistics / cell).round().astype(int), size - 1)
+    one = np.bincount(places.ravel(), weights=chances.ravel(), minlength=size)
+    whole = np.fft.irfft(np.fft.rfft(one, 2 * size) ** levels, 2 * size)
+    # Independent Poisson counts have one degree of freedom more than shares that add up to one.
+    threshold = math.ceil(chi2.isf(budget / 2, levels) / cell)
+    assert whole[threshold:].sum() <= budget / 2
+
+
+@pytest.mark.parametrize("rule", ["flags", "zero-inflated"])
+def test_rare_values_of_numbers_ring_no_alarm(rule: str) -> None:
+    """30 numbers that are 0 but for one row in fifty: 4 % of checks rang."""
+    names = [f"f{i}" for i in range(30)]
+    contract = dict.fromkeys(names, FLOAT)
+
+    def columns(rng: np.random.Generator, rows: int) -> dict[str, Any]:
+        is_up = rng.random((30, rows)) < 0.02
+        values = is_up if rule == "flags" else is_up * rng.lognormal(size=(30, rows))
+        return dict(zip(names, values.astype(np.float64), strict=True))
+
+    found = []
+    for seed in range(40):
+        rng = np.random.default_rng([15, seed])
+        reference = {name: column.tolist() for name, column in columns(rng, 500).items()}
+        alarm = DriftAlarm(describe_reference(reference, contract))
+        for _ in range(5):
+            found += alarm.check([alarm.counter.count(columns(rng, 1000))]).alarms
+    assert found == []
+
+
+@pytest.mark.parametrize(("levels", "m"), [(60, 300), (1000, 2000), (1000, 10_000), (10**6, 1000)])
+def test_many_levels_ring_no_alarm(levels: int, m: int) -> None:
+    """Streets, shops, ids: the levels that are kept were chosen, which must not look like drift in other rows."""
+    rng = np.random.default_rng([16, levels, m])
+
+    def draw(rows: int) -> list[str]:
+        return [f"v{i}" for i in rng.integers(0, levels, rows)]
+
+    alarm = DriftAlarm(describe_reference({"x": draw(m)}, {"x": STRING}))
+    batches = [alarm.counter.count({"x": draw(1000)}) for _ in range(64)]
+    assert [a for i in range(1, 65) for a in alarm.check(batches[:i]).alarms] == []
 
 
 def test_an_effect_below_the_gate_is_no_alarm_however_sure_it_is() -> None:
@@ -206,6 +297,8 @@ def test_scores_that_move_in_two_batches_in_a_row_are_evidence() -> None:
     checks = [alarm.check(ring) for ring in ([same, moved], [moved, same], [moved, moved], [moved])]
     assert [check.score_moved for check in checks] == [False, False, True, False]
     assert [found.feature for found in checks[2].alarms] == [SCORE]
+    blind = DriftAlarm(baseline, AlarmSettings(left_out=(SCORE,))).check([moved, moved])
+    assert (blind.score_moved, blind.alarms) == (False, ())
 
 
 def test_design_effects_are_the_ratio_of_the_variances_of_blocks() -> None:

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
-from scipy.stats import chi2, hypergeom
+from scipy.special import betaln
+from scipy.stats import chi2
 
 from phoenix_ml.application.statistics.cells import (
     ABOVE,
@@ -22,6 +23,7 @@ from phoenix_ml.application.statistics.cells import (
     CellCounter,
     CellCounts,
 )
+from phoenix_ml.application.statistics.design_effect import effect_at
 from phoenix_ml.domain.baselines import RESULT, SCORE, WINDOWS, Baseline, FeatureBaseline, FeatureKind
 from phoenix_ml.domain.drift import SCORE_MOVED, DriftCheck, FeatureAlarm, SchemaViolation, Verdict
 
@@ -85,20 +87,63 @@ def ad_threshold(shares: tuple[float, ...], budget: float) -> float:
     return largest * float(chi2.isf(min(budget / 2 / kappa, 1.0), 1))
 
 
+def number_squares(recent: Numbers, reference: Numbers, pooled: Numbers) -> Numbers:
+    """How far cumulative shares F lie from the reference's q, in squares whose mean is about 1/n_eff by chance.
+
+    The lesser of (F − q)² / (p(1 − p)), p the share in both samples together, and 4(asin√F − asin√q)². Where few rows are on one
+    side of a cut, the first is too often great because more came, the second because fewer did: each rings many times
+    the budget, the lesser keeps it (found by exact sums over both binomials, and by importance sampling over more cells).
+
+    >>> number_squares(np.array([0.5, 0.03]), np.array([0.4, 0.01]), np.array([0.45, 0.02])).round(4).tolist()
+    [0.0404, 0.0204]
+    """
+    variation = pooled * (1 - pooled)
+    squares = np.divide((recent - reference) ** 2, variation, out=np.zeros_like(recent), where=variation > 0)
+    return np.minimum(squares, 4 * (np.arcsin(np.sqrt(recent)) - np.arcsin(np.sqrt(reference))) ** 2)
+
+
+def level_squares(recent: Numbers, reference: Numbers, pooled: Numbers) -> Numbers:
+    """The same for the shares of levels, whose sum is χ² / n_eff: the lesser of (f − g)² / p and 4(√f − √g)².
+
+    >>> level_squares(np.array([0.5, 0.03]), np.array([0.4, 0.01]), np.array([0.45, 0.02])).round(4).tolist()
+    [0.0222, 0.02]
+    """
+    squares = np.divide((recent - reference) ** 2, pooled, out=np.zeros_like(recent), where=pooled > 0)
+    return np.minimum(squares, 4 * (np.sqrt(recent) - np.sqrt(reference)) ** 2)
+
+
 def level_p_value(
-    count: int, rows: int, reference_count: int, reference_rows: int, effect: float = 1.0
-) -> float:
-    """How likely two samples of one distribution differ as much in one level: twice the smaller hypergeometric tail.
+    count: Any, rows: Any, reference_count: Any, reference_rows: Any, effect: Any = 1.0, budget: Any = 1.0
+) -> Numbers:
+    """How likely two samples of one distribution differ as much in one level: twice the hypergeometric tail.
 
-    With a design effect, as if both samples had that many times fewer rows (Fisher's exact test; Kish 1965).
+    With a design effect, as if both samples had that many times fewer rows (Fisher's exact test; Kish 1965). Where the
+    likelihood of this very table alone is above the ``budget``, the tail is not summed up: what comes back is above it too.
 
-    >>> round(level_p_value(8, 10, 1, 6), 6)  # scipy.stats.fisher_exact([[8, 2], [1, 5]], "greater") / 2-sided by doubling
+    >>> round(float(level_p_value(8, 10, 1, 6)), 6)  # 2 · scipy.stats.fisher_exact([[8, 2], [1, 5]], "greater").pvalue
     0.048951
     """
-    x, n, c, m = (round(value / effect) for value in (count, rows, reference_count, reference_rows))
-    upper = float(hypergeom.sf(x - 1, m + n, c + x, n))
-    lower = float(hypergeom.cdf(x, m + n, c + x, n))
-    return min(1.0, 2 * min(upper, lower))
+    given = np.broadcast_arrays(count, rows, reference_count, reference_rows, effect, budget)
+    x, n, c, m = (np.rint(values / given[4]) for values in given[:4])
+    # The tail of the other sample's complement is that of this one: look at the one that has more of the level.
+    is_more = x * m >= c * n
+    x, n, c, m = (np.where(is_more, *pair) for pair in ((x, c), (n, m), (c, x), (m, n)))
+    log_p = _log_choose(n, x) + _log_choose(m, c) - _log_choose(n + m, x + c)
+    p = np.asarray(2 * np.exp(log_p))
+    close = p <= given[5]
+    x, n, c, m = (values[close][:, None] for values in (x, n, c, m))
+    total, last = np.ones(len(x)), np.ones(len(x))
+    i: NDArray[np.float64] = np.arange(64.0)
+    while len(x) and (last > 1e-16 * total).any():
+        ratios = np.maximum(c - i, 0) * np.maximum(n - x - i, 0) / ((x + i + 1) * (m - c + i + 1))
+        products = last[:, None] * ratios.cumprod(axis=1)
+        total, last, i = total + products.sum(axis=1), products[:, -1], i + len(i)
+    p[close] *= total
+    return np.minimum(p, 1.0)
+
+
+def _log_choose(n: Numbers, k: Numbers) -> Numbers:
+    return -betaln(n - k + 1, k + 1) - np.log1p(n)
 
 
 class _Window(Struct, frozen=True):
@@ -111,9 +156,10 @@ class _Window(Struct, frozen=True):
 class DriftAlarm:
     """Looks for drift in the trailing windows of a ring of batches.
 
-    Each test of a feature in a window may alarm falsely with probability a = 1/(ARL · tests · windows), so that all together
-    do so at most every ARL checks on average, however they depend on each other, as long as rows are independent. The design
-    effects that stand in for that where they are not make it an empirical rule, not a theorem.
+    Each test of a feature in a window may alarm falsely with probability a = 1/(ARL · 2d · windows), so that all together
+    do so at most every ARL checks on average, however they depend on each other, as long as rows are independent. It is 2d
+    for d features because each has two tests: of its values, and of how many are missing. The design effects that
+    stand in for independence where there is none make it an empirical rule, not a theorem.
 
     >>> rng = np.random.default_rng(1)
     >>> from phoenix_ml.application.statistics.baseline import describe_reference
@@ -135,18 +181,13 @@ class DriftAlarm:
         # A feature, and its missing values.
         self.budget = 1 / (self.settings.arl * 2 * max(len(self._names), 1) * len(WINDOWS))
         self._effects = {name: self.settings.effects.get(name, self.settings.effect) for name in self._names}
-        self._numeric = [
-            name
-            for name in self._names
-            if entries[name].levels is None
-            and entries[name].kind is FeatureKind.NUMERIC
-            and entries[name].present
-        ]
-        self._by_levels = [n for n in self._names if entries[n].levels is not None and entries[n].present]
-        self._constant = [
-            n for n in self._names if entries[n].levels is None and entries[n].kind is FeatureKind.CONSTANT
-        ]
-        self._prepare_numeric()
+        of_levels = [n for n in self._names if entries[n].levels is not None]
+        numbers = [n for n in self._names if entries[n].levels is None]
+        self._constant = [n for n in numbers if entries[n].kind is FeatureKind.CONSTANT]
+        self._numeric = [n for n in numbers if entries[n].kind is FeatureKind.NUMERIC and entries[n].present]
+        self._by_levels = [n for n in of_levels if entries[n].present]
+        self._prepare_numbers()
+        self._prepare_levels()
         ends = [self.counter.offsets[n] + len(entries[n].cells) for n in self._names]
         self._missing_at = np.array(ends, dtype=np.int64) + MISSING
         self._spans = [(self.counter.offsets[n], end) for n, end in zip(self._names, ends, strict=True)]
@@ -168,9 +209,8 @@ class DriftAlarm:
         distances: dict[str, float] = {}
         for alarm in self._look_at_numbers(windows, distances):
             alarms.setdefault(alarm.feature, []).append(alarm)
-        for name in self._by_levels:
-            if found := self._look_at_levels(name, windows, distances):
-                alarms.setdefault(name, []).extend(found)
+        for alarm in self._look_at_levels(windows, distances):
+            alarms.setdefault(alarm.feature, []).append(alarm)
         for name in self._constant:
             if found := self._look_at_constant(name, windows, distances):
                 alarms.setdefault(name, []).extend(found)
@@ -189,7 +229,7 @@ class DriftAlarm:
                 verdicts[name] = Verdict.STEADY if name in distances else Verdict.INSUFFICIENT
         return DriftCheck(tuple(chosen), distances, verdicts, self._has_score_moved(newest), rows)
 
-    def _prepare_numeric(self) -> None:
+    def _prepare_numbers(self) -> None:
         """All numeric features side by side, those with fewer cells filled up with cuts that weigh nothing."""
         entries = [self.counter.entries[name] for name in self._numeric]
         count, most = len(entries), max((len(entry.cells) for entry in entries), default=1)
@@ -205,7 +245,7 @@ class DriftAlarm:
             self._shares[i, : cells - 1] = q
             inside = (q > 0) & (q < 1)
             if inside.any():
-                self._weights[i, : cells - 1][inside] = 1 / (q[inside] * (1 - q[inside])) / (inside.sum() + 1)
+                self._weights[i, : cells - 1][inside] = 1 / (inside.sum() + 1)
                 self._ad_thresholds[i] = ad_threshold(tuple(q[inside].tolist()), self.budget)
         self._present = np.array([entry.present for entry in entries], dtype=np.float64)
         self._gates = np.array([self._effects[name] for name in self._numeric])
@@ -213,17 +253,18 @@ class DriftAlarm:
     def _look_at_numbers(self, windows: Sequence[_Window], distances: dict[str, float]) -> list[FeatureAlarm]:
         if not self._numeric or not windows:
             return []
-        padded = np.zeros((len(windows), self.counter.size + 1), dtype=np.int64)
-        padded[:, :-1] = [window.counts for window in windows]
-        cumulated = padded[:, self._gather].cumsum(axis=2)
+        cumulated = _gathered(windows, self._gather).cumsum(axis=2)
         n = cumulated[:, :, -1].astype(np.float64)
-        differences = cumulated[:, :, :-1] / np.maximum(n, 1)[:, :, None] - self._shares
+        recent = cumulated[:, :, :-1] / np.maximum(n, 1)[:, :, None]
+        differences = recent - self._shares
         sizes = np.abs(differences)
         d = sizes.max(axis=2, initial=0.0)
-        effects, advisory = self._design_effects(windows)
+        effects, advisory = self._design_effects(windows, self._numeric)
         effective = np.maximum(n * self._present / (n + self._present), 1e-9) / effects
         ks = ks_threshold(self.budget, effective)
-        ad = effective * (differences**2 * self._weights).sum(axis=2)
+        pooled = self._shares + differences * (n / (n + self._present))[:, :, None]
+        squares = number_squares(recent, self._shares, np.clip(pooled, 0.0, 1.0))
+        ad = effective * (squares * self._weights).sum(axis=2)
         enough = n >= FEWEST_ROWS
         # The filling has a share and a count of one, which is no difference, but only where there are rows.
         matters = enough & (d >= self._gates)
@@ -254,115 +295,120 @@ class DriftAlarm:
             )
         return alarms
 
-    def _design_effects(self, windows: Sequence[_Window]) -> tuple[Numbers, NDArray[np.bool_]]:
-        effects = np.ones((len(windows), len(self._numeric)))
+    def _design_effects(
+        self, windows: Sequence[_Window], names: Sequence[str], *, of_missing: bool = False
+    ) -> tuple[Numbers, NDArray[np.bool_]]:
+        """By window and feature: the design effect, and whether the reference is too short to know it."""
+        effects = np.ones((len(windows), len(names)))
         advisory = np.zeros(effects.shape, dtype=bool)
-        if self.baseline.is_time_ordered:
-            for w, window in enumerate(windows):
-                for i, name in enumerate(self._numeric):
-                    effects[w, i], advisory[w, i] = self._effect_of(
-                        self.counter.entries[name].design_effects, window.batches
-                    )
+        if not self.baseline.is_time_ordered:
+            return effects, advisory
+        entries = [self.counter.entries[name] for name in names]
+        learned = [entry.missing_design_effects if of_missing else entry.design_effects for entry in entries]
+        for w, window in enumerate(windows):
+            rows = window.batches * self.settings.batch_rows
+            for i, of_feature in enumerate(learned):
+                effects[w, i], advisory[w, i] = effect_at(of_feature, rows, self.baseline.batch_rows)
         return effects, advisory
 
-    def _effect_of(self, learned: Sequence[float | None], batches: int) -> tuple[float, bool]:
-        """The design effect at a window, and whether the reference is too short to know it."""
-        if not learned:
-            return 1.0, False
-        rows = batches * self.settings.batch_rows
-        scales = [w * self.baseline.batch_rows for w in WINDOWS]
-        known = [effect for effect in learned if effect is not None]
-        for i, scale in enumerate(scales):
-            if rows <= scale:
-                # Between two scales, the greater effect of both.
-                beside = learned[max(i - 1, 0) : i + 1] if rows < scale else learned[i : i + 1]
-                effects = [effect for effect in beside if effect is not None]
-                if len(effects) == len(beside):
-                    return max(effects), False
-                break
-        return (max(known) if known else 1.0), True
-
-    def _look_at_levels(
-        self, name: str, windows: Sequence[_Window], distances: dict[str, float]
-    ) -> list[FeatureAlarm]:
-        entry = self.counter.entries[name]
-        reference = np.array(entry.cells, dtype=np.float64)
-        m = reference.sum()
-        start = self.counter.offsets[name]
-        alarms = []
-        for window in windows:
-            counts = window.counts[start : start + len(reference)]
-            n = int(counts.sum())
-            if n < FEWEST_ROWS:
-                continue
-            differences = counts / n - reference / m
-            distance = float(np.abs(differences).max())
-            distances.setdefault(name, distance)
-            effect, is_advisory = self._effect_of(entry.design_effects, window.batches)
-            alarms += self._test_levels(
-                name, entry, window, (counts, reference, differences), effect, is_advisory
+    def _prepare_levels(self) -> None:
+        """All categories side by side, those with fewer levels filled up with levels that nobody has."""
+        entries = [self.counter.entries[name] for name in self._by_levels]
+        count, most = len(entries), max((len(entry.cells) for entry in entries), default=1)
+        self._level_gather = np.full((count, most), self.counter.size, dtype=np.int64)
+        self._level_counts = np.zeros((count, most))
+        for i, (name, entry) in enumerate(zip(self._by_levels, entries, strict=True)):
+            self._level_gather[i, : len(entry.cells)] = self.counter.offsets[name] + np.arange(
+                len(entry.cells)
             )
-        return alarms
-
-    def _test_levels(
-        self,
-        name: str,
-        entry: FeatureBaseline,
-        window: _Window,
-        table: tuple[NDArray[np.int64], Numbers, Numbers],
-        effect: float,
-        is_advisory: bool,
-    ) -> list[FeatureAlarm]:
-        counts, reference, differences = table
-        n, m, gate = int(counts.sum()), float(reference.sum()), self._effects[name]
-        labels = [*(entry.levels or ()), "(other)"]
-        is_constant = entry.kind is FeatureKind.CONSTANT
-        budget = self.budget / 2 / len(labels)
+            self._level_counts[i, : len(entry.cells)] = entry.cells
+        self._level_rows = self._level_counts.sum(axis=1)
+        self._level_gates = np.array([self._effects[name] for name in self._by_levels])
         # A level is one of two halves; the other is the whole table.
-        for i in sorted(np.flatnonzero(np.abs(differences) >= gate), key=lambda i: -abs(differences[i])):
-            p = level_p_value(int(counts[i]), n, int(reference[i]), int(m), effect)
-            if p <= budget:
-                difference = float(differences[i])
-                return [
+        self._level_budgets = self.budget / 2 / np.array([len(entry.cells) for entry in entries])
+
+    def _look_at_levels(self, windows: Sequence[_Window], distances: dict[str, float]) -> list[FeatureAlarm]:
+        if not self._by_levels or not windows:
+            return []
+        counts = _gathered(windows, self._level_gather)
+        n, m = counts.sum(axis=2), self._level_rows
+        recent, reference = counts / np.maximum(n, 1)[:, :, None], self._level_counts / m[:, None]
+        differences = recent - reference
+        sizes = np.abs(differences)
+        effects, advisory = self._design_effects(windows, self._by_levels)
+        enough = n >= FEWEST_ROWS
+        for i, name in enumerate(self._by_levels):
+            if enough[:, i].any():
+                distances[name] = float(sizes[enough[:, i].argmax(), i].max())
+        surprising = self._surprising_levels(counts, n, sizes, effects, enough)
+        pooled = (counts + self._level_counts) / (n + m)[:, :, None]
+        filled = pooled > 0
+        least = np.where(filled, pooled, 1.0).min(axis=2) * np.minimum(n, m) / effects
+        variation = sizes.sum(axis=2) / 2
+        statistics = n * m / (n + m) / effects * level_squares(recent, reference, pooled).sum(axis=2)
+        freedom = filled.sum(axis=2) - 1
+        whole = enough & (least >= _FEWEST_EXPECTED) & (variation >= self._level_gates) & (freedom > 0)
+        alarms = []
+        for w, i in np.ndindex(*n.shape):
+            name, window = self._by_levels[i], windows[w]
+            entry = self.counter.entries[name]
+            effect, is_advisory = float(effects[w, i]), bool(advisory[w, i])
+            if (level := surprising.get((w, i))) is not None:
+                k, p = level
+                alarms.append(
                     FeatureAlarm(
                         name,
                         entry.kind,
-                        "constant" if is_constant else "level",
+                        "constant" if entry.kind is FeatureKind.CONSTANT else "level",
                         window.batches,
-                        n,
+                        int(n[w, i]),
                         p,
-                        budget,
-                        abs(difference),
-                        "higher" if difference > 0 else "lower",
-                        labels[i],
+                        float(self._level_budgets[i]),
+                        float(sizes[w, i, k]),
+                        "higher" if differences[w, i, k] > 0 else "lower",
+                        [*(entry.levels or ()), "(other)"][k],
                         effect,
                         is_advisory,
                     )
-                ]
-        pooled = (counts + reference) / (n + m)
-        filled = pooled > 0
-        variation = float(np.abs(differences).sum() / 2)
-        if filled.sum() < 2 or pooled[filled].min() * min(n, m) < _FEWEST_EXPECTED or variation < gate:
-            return []
-        effective = n * m / (n + m) / effect
-        statistic = float(effective * (differences[filled] ** 2 / pooled[filled]).sum())
-        threshold = _chi2_threshold(self.budget / 2, int(filled.sum()) - 1)
-        if statistic < threshold:
-            return []
-        return [
-            FeatureAlarm(
-                name,
-                entry.kind,
-                "chi2",
-                window.batches,
-                n,
-                statistic,
-                threshold,
-                variation,
-                design_effect=effect,
-                is_advisory=is_advisory,
-            )
-        ]
+                )
+            elif whole[w, i]:
+                threshold = _chi2_threshold(self.budget / 2, int(freedom[w, i]))
+                if (statistic := float(statistics[w, i])) >= threshold:
+                    alarms.append(
+                        FeatureAlarm(
+                            name,
+                            entry.kind,
+                            "chi2",
+                            window.batches,
+                            int(n[w, i]),
+                            statistic,
+                            threshold,
+                            float(variation[w, i]),
+                            design_effect=effect,
+                            is_advisory=is_advisory,
+                        )
+                    )
+        return alarms
+
+    def _surprising_levels(
+        self,
+        counts: NDArray[np.int64],
+        n: NDArray[np.int64],
+        sizes: Numbers,
+        effects: Numbers,
+        enough: NDArray[np.bool_],
+    ) -> dict[tuple[int, int], tuple[int, float]]:
+        """By window and feature, the level beyond its budget that changed most, and its p."""
+        w, i, k = np.nonzero((sizes >= self._level_gates[:, None]) & enough[:, :, None])
+        budgets = self._level_budgets[i]
+        p = level_p_value(
+            counts[w, i, k], n[w, i], self._level_counts[i, k], self._level_rows[i], effects[w, i], budgets
+        )
+        found: dict[tuple[int, int], tuple[int, float]] = {}
+        beyond = np.flatnonzero(p <= budgets)
+        for j in beyond[np.argsort(-sizes[w, i, k][beyond], kind="stable")]:
+            found.setdefault((int(w[j]), int(i[j])), (int(k[j]), float(p[j])))
+        return found
 
     def _look_at_constant(
         self, name: str, windows: Sequence[_Window], distances: dict[str, float]
@@ -381,7 +427,7 @@ class DriftAlarm:
             distances.setdefault(name, share)
             if share < self._effects[name]:
                 continue
-            p = level_p_value(below + above, n, 0, entry.present)
+            p = float(level_p_value(below + above, n, 0, entry.present))
             if p <= self.budget:
                 direction: Literal["higher", "lower"] = "higher" if above >= below else "lower"
                 alarms.append(
@@ -403,40 +449,50 @@ class DriftAlarm:
         reference_rows = np.array([entry.missing + entry.present for entry in entries])
         differences = missing / np.maximum(rows, 1) - reference / np.maximum(reference_rows, 1)
         gates = np.array([self._effects[name] for name in self._names])
-        for w, i in np.argwhere((np.abs(differences) >= gates) & (rows >= FEWEST_ROWS)):
-            name = self._names[i]
-            effect, is_advisory = self._effect_of(entries[i].missing_design_effects, windows[w].batches)
-            p = level_p_value(
-                int(missing[w, i]), int(rows[w, i]), int(reference[i]), int(reference_rows[i]), effect
-            )
-            if p <= self.budget:
-                difference = float(differences[w, i])
-                alarms.setdefault(name, []).append(
-                    FeatureAlarm(
-                        name,
-                        entries[i].kind,
-                        "missing",
-                        windows[w].batches,
-                        int(rows[w, i]),
-                        p,
-                        self.budget,
-                        abs(difference),
-                        "higher" if difference > 0 else "lower",
-                        design_effect=effect,
-                        is_advisory=is_advisory,
-                    )
+        at = np.nonzero((np.abs(differences) >= gates) & (rows >= FEWEST_ROWS))
+        if not len(at[0]):
+            return alarms
+        effects, advisory = self._design_effects(windows, self._names, of_missing=True)
+        ps = level_p_value(
+            missing[at], rows[at], reference[at[1]], reference_rows[at[1]], effects[at], self.budget
+        )
+        for w, i, p in zip(*at, ps, strict=True):
+            if p > self.budget:
+                continue
+            name, difference = self._names[i], float(differences[w, i])
+            alarms.setdefault(name, []).append(
+                FeatureAlarm(
+                    name,
+                    entries[i].kind,
+                    "missing",
+                    windows[w].batches,
+                    int(rows[w, i]),
+                    float(p),
+                    self.budget,
+                    abs(difference),
+                    "higher" if difference > 0 else "lower",
+                    design_effect=float(effects[w, i]),
+                    is_advisory=bool(advisory[w, i]),
                 )
+            )
         return alarms
 
     def _has_score_moved(self, newest: Sequence[NDArray[np.int64]]) -> bool:
         name = SCORE if SCORE in self.counter.entries else RESULT
         entry = self.counter.entries.get(name)
-        if entry is None or not entry.present or len(newest) < 2:
+        if entry is None or name in self.settings.left_out or not entry.present or len(newest) < 2:
             return False
         start = self.counter.offsets[name]
         return all(
             _distance(entry, counts[start : start + len(entry.cells)]) >= SCORE_MOVED for counts in newest
         )
+
+
+def _gathered(windows: Sequence[_Window], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The counts at these places of each window, with a zero at the place past the last."""
+    padded = np.zeros((len(windows), len(windows[0].counts) + 1), dtype=np.int64)
+    padded[:, :-1] = [window.counts for window in windows]
+    return padded[:, places]
 
 
 def check_schema(

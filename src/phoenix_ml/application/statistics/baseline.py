@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ MOST_LEVELS = 50
 # Keeps the levels of 30 features within the size that a baseline may have.
 MOST_LEVEL_BYTES = 1000
 _LEVEL_BYTES = 10
+# Where each level came so often, hardly any that there are can be lacking.
+_OFTEN = 5
+_CHOOSING = 0.25
 
 _NUMBERS = frozenset({FeatureType.FLOAT, FeatureType.INTEGER})
 
@@ -46,7 +50,9 @@ def describe_reference(
 
     A number's cells are cut at the reference's quantiles 1/32, 2/32, …; a cell holds the values in
     (previous cut, cut], and equal cuts fall together, so the counts are integers that can be compared with and merged
-    into any other sample's. A category keeps its 50 most frequent levels; ``other`` counts the rest.
+    into any other sample's. A category keeps its most frequent levels, at most 50 and no more than 1,000 bytes hold;
+    ``other`` counts the rest. Where that leaves levels out, or some are rare, they are chosen on a quarter of the rows and
+    counted on the rest: those that were chosen for being frequent in the same rows are less frequent in any others.
     ``elements`` says what the engine takes: a number is rounded as it will be, or equal values would differ.
     ``time`` orders the rows, from which design effects for batches of ``batch_rows`` are learned. ``outcomes`` give
     quality and calibration. Raises ModelRefused when the reference lacks a feature or a value is not of the
@@ -70,7 +76,7 @@ def describe_reference(
             values, present = _numbers(name, columns[name], (elements or {}).get(name))
             features[name] = _cells(values, len(present) - len(values))
         else:
-            features[name] = _levels(columns[name])
+            features[name] = _levels(columns[name], is_whole=rule.type is FeatureType.BOOLEAN)
     score, labels = output_columns(task, outputs) if outputs is not None else (None, None)
     baseline = Baseline(
         rows,
@@ -174,17 +180,33 @@ def _cells(values: NDArray[np.float64], missing: int) -> FeatureBaseline:
     )
 
 
-def _levels(column: Sequence[Scalar | None]) -> FeatureBaseline:
-    counts = Counter(str(value) for value in column if not is_missing(value))
-    levels: dict[str, int] = {}
+def _levels(column: Sequence[Scalar | None], *, is_whole: bool = False) -> FeatureBaseline:
+    """``is_whole`` says that there can be no other levels than those of the column."""
+    counts = _count_levels(column)
+    chosen = _most_frequent(counts)
+    if not is_whole and (len(chosen) < len(counts) or min(counts.values(), default=_OFTEN) < _OFTEN):
+        is_choosing = np.random.default_rng(0).random(len(column)) < _CHOOSING
+        chosen = _most_frequent(_count_levels(list(compress(column, is_choosing))))
+        column = list(compress(column, ~is_choosing))
+        counts = _count_levels(column)
+    present = counts.total()
+    levels = {level: counts[level] for level in chosen}
+    return FeatureBaseline(len(column) - present, levels=levels, other=present - sum(levels.values()))
+
+
+def _count_levels(column: Sequence[Scalar | None]) -> Counter[str]:
+    return Counter(str(value) for value in column if not is_missing(value))
+
+
+def _most_frequent(counts: Counter[str]) -> list[str]:
+    levels = []
     room = MOST_LEVEL_BYTES
-    for level, count in counts.most_common(MOST_LEVELS):
+    for level, _ in counts.most_common(MOST_LEVELS):
         size = len(level.encode("utf-8", "surrogatepass")) + _LEVEL_BYTES
         if size <= room:
-            levels[level] = count
+            levels.append(level)
             room -= size
-    present = counts.total()
-    return FeatureBaseline(len(column) - present, levels=levels, other=present - sum(levels.values()))
+    return levels
 
 
 def _as_engine_sees(column: Sequence[Scalar | None], element: ElementType | None) -> Any:

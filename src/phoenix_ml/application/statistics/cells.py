@@ -203,15 +203,17 @@ class CellCounter:
         levels = self._levels[name]
         extras = own[len(levels) + 1 :]
         values = column.tolist() if isinstance(column, np.ndarray) else column
+        found = [0] * (len(levels) + 1)
         for value, count in Counter(values).items():
-            if is_missing(value):
+            if isinstance(value, str) and value:
+                found[levels.get(value, -1)] += count
+            elif is_missing(value):
                 extras[MISSING] += count
-                continue
-            level = level_of(value, levels)
-            if level is None:
+            elif (level := level_of(value, levels)) is None:
                 extras[WRONG_TYPE] += count
             else:
-                own[levels.get(level, len(levels))] += count
+                found[levels.get(level, -1)] += count
+        own[: len(found)] += found
 
 
 def level_of(value: object, levels: Collection[str]) -> str | None:

@@ -1,14 +1,17 @@
 """How much more a reference's blocks differ from each other than independent rows would."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 from phoenix_ml.domain.baselines import WINDOWS
 
 FEWEST_BLOCKS = 8
+Learned = tuple[float | None, ...]
 
 
-def design_effects(batches: NDArray[np.int64], *, is_ordered: bool) -> tuple[float | None, ...]:
+def design_effects(batches: NDArray[np.int64], *, is_ordered: bool) -> Learned:
     """One design effect a window of WINDOWS, from counts of shape (batches in time order, cells).
 
     With B blocks of w batches that have a value, F_bk the cumulative share at cut k of block b, q_k that of all and
@@ -48,3 +51,29 @@ def design_effects(batches: NDArray[np.int64], *, is_ordered: bool) -> tuple[flo
         spread = float(squares.sum(axis=0).mean())
         effects.append(round(max(1.0, spread / float(chi2.ppf(0.05, blocks - 1))), 4))
     return tuple(effects)
+
+
+@lru_cache(maxsize=4096)
+def effect_at(learned: Learned, rows: int, batch_rows: int) -> tuple[float, bool]:
+    """The design effect of a window of so many rows, and whether the reference is too short to know it.
+
+    ``learned`` is that of WINDOWS, in batches of ``batch_rows``. Between two scales the greater effect of both counts;
+    beyond the known ones, the greatest that is known. Without order in time, rows count as independent.
+
+    >>> effect_at((1.5, 4.0, None, None, None, None, None), 1500, 1000)
+    (4.0, False)
+    >>> effect_at((1.5, 4.0, None, None, None, None, None), 4000, 1000)
+    (4.0, True)
+    """
+    if not learned:
+        return 1.0, False
+    known = [effect for effect in learned if effect is not None]
+    for i, window in enumerate(WINDOWS):
+        scale = window * batch_rows
+        if rows <= scale:
+            beside = learned[max(i - 1, 0) : i + 1] if rows < scale else learned[i : i + 1]
+            effects = [effect for effect in beside if effect is not None]
+            if len(effects) == len(beside):
+                return max(effects), False
+            break
+    return (max(known) if known else 1.0), True

@@ -15,7 +15,7 @@ from phoenix_ml.application.statistics.alarm import FEWEST_ROWS, AlarmSettings, 
 from phoenix_ml.application.statistics.cells import MISSING, CellCounter, CellCounts, Column
 from phoenix_ml.application.statistics.outputs import output_columns
 from phoenix_ml.domain.baselines import SCORE, Baseline, FeatureBaseline
-from phoenix_ml.domain.drift import DriftReport, FeatureAlarm, FeatureDrift
+from phoenix_ml.domain.drift import DriftReport, FeatureAlarm, FeatureDrift, Verdict
 from phoenix_ml.domain.models import Task
 from phoenix_ml.domain.rows import Outputs
 
@@ -76,11 +76,13 @@ def drift_report(
 
 
 def classic_alarms(report: DriftReport) -> tuple[FeatureAlarm, ...]:
-    """The classical rule: every p below 0.05 is drift, however many there are and however little it means."""
+    """The classical rule: every p below 0.05 is drift, however many there are and however little it means. Only what
+    is left out is not looked at.
+    """
     return tuple(
         FeatureAlarm(one.feature, one.kind, "classic", 1, one.rows, one.p, CLASSIC, one.distance or 0.0)
         for one in report.features
-        if one.p is not None and one.p < CLASSIC
+        if one.p is not None and one.p < CLASSIC and one.verdict is not Verdict.LEFT_OUT
     )
 
 
