@@ -510,6 +510,26 @@ def test_a_contract_that_is_wrong_is_refused(
     fails(done, code)
 
 
+def test_a_reference_in_order_of_time_that_is_too_short_is_warned_of(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    """Otherwise its owner waits in vain for an incident: what drifts is advisory. Times that are no dates are refused."""
+    reference = tmp_path / "train.csv"
+    rows = [f"{n},{n % 7},{n % 3},{n},{n % 12 + 1}/24/2024\n" for n in range(300)]
+    reference.write_text("x_0,x_1,x_2,at,day\n" + "".join(rows))
+    register = ["models", "register", str(model), "--id", "m", "--reference", str(reference)]
+
+    warned = run(*register, "--version", "1.0.0", "--time", "at", "--json")
+    silent = run(*register, "--version", "1.1.0", "--json")
+    refused = run(*register, "--version", "1.2.0", "--time", "day", code=1)
+
+    assert "300 rows in order of time, too few to know" in warned.stderr
+    assert "From 2,000 on great changes are told" in warned.stderr
+    assert json.loads(warned.stdout)["has_baseline"]
+    assert silent.stderr == ""
+    assert "'1/24/2024', which is no date of ISO 8601" in fails(refused, "invalid_field")
+
+
 @pytest.mark.parametrize(("name", "content"), [("train.csv", ""), ("train.txt", "x"), ("train.parquet", "x")])
 def test_a_reference_set_that_cannot_be_read_is_refused(
     run: Run, model: Path, tmp_path: Path, name: str, content: str

@@ -165,7 +165,7 @@ def test_rare_values_of_numbers_ring_no_alarm(rule: str) -> None:
         values = is_up if rule == "flags" else is_up * rng.lognormal(size=(30, rows))
         return dict(zip(names, values.astype(np.float64), strict=True))
 
-    found = []
+    found: list[FeatureAlarm] = []
     for seed in range(40):
         rng = np.random.default_rng([15, seed])
         reference = {name: column.tolist() for name, column in columns(rng, 500).items()}
@@ -376,6 +376,27 @@ def test_a_scale_that_the_reference_is_too_short_to_teach_is_advisory() -> None:
     check = alarm.check_one(batch)
     assert the_alarm(check).is_advisory
     assert check.verdicts == {"x": Verdict.ADVISORY}
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"), [(1900, Verdict.ADVISORY), (2000, Verdict.DRIFT), (8000, Verdict.DRIFT)]
+)
+def test_a_reference_of_two_batches_knows_enough_for_a_great_change(rows: int, verdict: Verdict) -> None:
+    """Five standard deviations in every row are no season of the day that the reference shows; 2,000 rows make 8 blocks."""
+    baseline = describe_reference({"x": normal(1, rows)}, {"x": FLOAT}, time=range(rows))
+    alarm = DriftAlarm(baseline)
+    assert alarm.check([alarm.counter.count({"x": normal(7, 1000, mean=5.0)})]).verdicts == {"x": verdict}
+
+
+def test_the_design_effect_of_a_batch_is_at_most_that_of_its_parts_times_their_number() -> None:
+    """8 blocks of 500 rows for batches of 1,000: a mean over more rows varies no more, so the effect is at most double."""
+    values = [float(i % 2) if i // 500 % 2 else 0.0 for i in range(4000)]
+    batches = np.array([[500, 0], [250, 250]] * 4)
+    (learned, *longer) = (
+        describe_reference({"x": values}, {"x": FLOAT}, time=range(4000)).features["x"].design_effects
+    )
+    assert learned == pytest.approx(2 * (design_effects(batches, is_ordered=True)[0] or 0), abs=1e-3)
+    assert longer == [None] * 6
 
 
 def test_counts_of_a_feature_that_is_left_out_ring_no_alarm() -> None:

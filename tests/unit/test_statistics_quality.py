@@ -34,7 +34,7 @@ from phoenix_ml.application.statistics.quality import (
     measure_quality,
 )
 from phoenix_ml.domain.baselines import Baseline, Estimate, Quality
-from phoenix_ml.domain.errors import ModelRefused
+from phoenix_ml.domain.errors import InvalidField, ModelRefused
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Task
 from phoenix_ml.domain.rows import ElementType, Outputs
@@ -239,7 +239,26 @@ def test_a_reference_with_a_hole_in_its_times_is_refused() -> None:
     with pytest.raises(ModelRefused, match="a time in every row"):
         describe_reference({"x": [1.0, 2.0]}, {"x": FLOAT}, time=[1, None])
     with pytest.raises(ModelRefused, match="put into order"):
-        describe_reference({"x": [1.0, 2.0]}, {"x": FLOAT}, time=[1, "b"])
+        describe_reference({"x": [1.0, 2.0]}, {"x": FLOAT}, time=[1, (2,)])
+
+
+@pytest.mark.parametrize("text", ["12/31/2024", "31.12.2024", "Tue", "1735689600"])
+def test_a_text_that_is_no_date_is_refused_as_a_time(text: str) -> None:
+    """As text, 12/31/2024 comes after 01/01/2025: design effects over the wrong order would be silent nonsense."""
+    with pytest.raises(InvalidField, match=r"which is no date of ISO 8601.*give dates such as 2024-12-31"):
+        describe_reference({"x": [1.0, 2.0]}, {"x": FLOAT}, time=["2025-01-01", text])
+
+
+def test_texts_that_are_dates_are_put_into_the_order_of_time() -> None:
+    """As text, one in New York comes before the earlier one in Berlin."""
+    times = ["2025-01-01T05:00:00-05:00", "2025-01-01T09:00:00+01:00", "2025-01-01T07:00:00"]
+    values = [[3.0] * 1000, [2.0] * 1000, [1.0] * 1000]
+    columns = {"x": [x for block in values for x in block]}
+    mixed = describe_reference(
+        columns, {"x": FLOAT}, time=[t for t in times for _ in range(1000)], batch_rows=150
+    )
+    columns = {"x": sorted(columns["x"])}
+    assert mixed == describe_reference(columns, {"x": FLOAT}, time=range(3000), batch_rows=150)
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,50 @@ def test_a_report_of_few_rows_says_that_it_cannot_tell() -> None:
     report = drift_report(baseline, None, {"x": [5000.0] * 20})
     assert report.features[0].verdict is Verdict.INSUFFICIENT
     assert any("too few" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_rows", "words"),
+    [
+        (
+            1500,
+            1000,
+            "1,500 rows in order of time, too few to know .* whatever drifts is advisory .* From 2,000 on",
+        ),
+        (
+            5000,
+            1000,
+            "too few to know windows of more than 1,000: drift that shows only in those is advisory",
+        ),
+        (
+            16_000,
+            1000,
+            "windows of more than 2,000: .* 32,000 rows would teach windows of 4,000, 512,000 those of 64,000",
+        ),
+        (
+            16_000,
+            300,
+            "windows of more than 1,200: .* 32,000 rows would teach windows of 2,400, 256,000 those of 19,200",
+        ),
+    ],
+)
+def test_a_report_says_which_windows_the_reference_is_too_short_to_know(
+    rows: int, batch_rows: int, words: str
+) -> None:
+    """A finding that opens no incident must not look like an alarm that is off; a person learns how many rows would do."""
+    values = np.random.default_rng(17).normal(size=rows).tolist()
+    baseline = describe_reference({"x": values}, {"x": FLOAT}, time=range(rows))
+    report = drift_report(baseline, None, {"x": values[:1000]}, settings=AlarmSettings(batch_rows=batch_rows))
+    assert any(re.search(words, note) for note in report.notes), report.notes
+
+
+def test_a_report_on_a_long_reference_says_nothing_of_short_ones() -> None:
+    """8 blocks of 64 batches teach all windows."""
+    values = np.random.default_rng(18).normal(size=8 * 64 * 10).tolist()
+    baseline = describe_reference({"x": values}, {"x": FLOAT}, time=range(len(values)), batch_rows=10)
+    report = drift_report(baseline, None, {"x": values[:300]}, settings=AlarmSettings(batch_rows=10))
+    assert not any("advisory" in note for note in report.notes)
+    assert any("all the traffic of a time" in note for note in report.notes)
 
 
 def test_a_report_judges_as_the_alarm_does() -> None:

@@ -16,6 +16,7 @@ from phoenix_ml.application.serving import load_version
 from phoenix_ml.application.statistics.baseline import (
     describe_reference,
     reference_columns,
+    times_of,
     write_reference,
 )
 from phoenix_ml.domain.baselines import Baseline
@@ -293,6 +294,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
     """The baseline, with what the model makes of the reference."""
     columns = reference.columns
     order = reference.column(reference.time, "time")
+    order = None if order is None else times_of(order)
     outcomes = reference.column(reference.outcome, "outcome")
     if outcomes is not None and any(one is None or one != one for one in outcomes):  # noqa: PLR0124 - NaN
         raise InvalidField(

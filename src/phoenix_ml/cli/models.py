@@ -122,6 +122,7 @@ def models_register(
     """
     from phoenix_ml.application.catalogue import Reference, Registration, register
     from phoenix_ml.application.catalogue import activate as activate_version
+    from phoenix_ml.application.statistics.design_effect import short_reference_note
     from phoenix_ml.infrastructure.formats.convert import Wanted, check_trust, convert, needs_conversion
     from phoenix_ml.infrastructure.tables import read_columns
 
@@ -168,6 +169,9 @@ def models_register(
             registered = activate_version(
                 phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
             )
+    baseline = registered.metadata.baseline
+    if baseline is not None and (note := short_reference_note(baseline)) is not None:
+        _warn(note)
     show_version(registered, as_json, conversion=conversion)
 
 

@@ -99,7 +99,10 @@ def number_squares(recent: Numbers, reference: Numbers, pooled: Numbers) -> Numb
     """
     variation = pooled * (1 - pooled)
     squares = np.divide((recent - reference) ** 2, variation, out=np.zeros_like(recent), where=variation > 0)
-    return np.minimum(squares, 4 * (np.arcsin(np.sqrt(recent)) - np.arcsin(np.sqrt(reference))) ** 2)
+    least: Numbers = np.minimum(
+        squares, 4 * (np.arcsin(np.sqrt(recent)) - np.arcsin(np.sqrt(reference))) ** 2
+    )
+    return least
 
 
 def level_squares(recent: Numbers, reference: Numbers, pooled: Numbers) -> Numbers:
@@ -109,7 +112,8 @@ def level_squares(recent: Numbers, reference: Numbers, pooled: Numbers) -> Numbe
     [0.0222, 0.02]
     """
     squares = np.divide((recent - reference) ** 2, pooled, out=np.zeros_like(recent), where=pooled > 0)
-    return np.minimum(squares, 4 * (np.sqrt(recent) - np.sqrt(reference)) ** 2)
+    least: Numbers = np.minimum(squares, 4 * (np.sqrt(recent) - np.sqrt(reference)) ** 2)
+    return least
 
 
 def level_p_value(
@@ -129,7 +133,7 @@ def level_p_value(
     is_more = x * m >= c * n
     x, n, c, m = (np.where(is_more, *pair) for pair in ((x, c), (n, m), (c, x), (m, n)))
     log_p = _log_choose(n, x) + _log_choose(m, c) - _log_choose(n + m, x + c)
-    p = np.asarray(2 * np.exp(log_p))
+    p: Numbers = np.asarray(2 * np.exp(log_p))
     close = p <= given[5]
     x, n, c, m = (values[close][:, None] for values in (x, n, c, m))
     total, last = np.ones(len(x)), np.ones(len(x))
@@ -139,11 +143,12 @@ def level_p_value(
         products = last[:, None] * ratios.cumprod(axis=1)
         total, last, i = total + products.sum(axis=1), products[:, -1], i + len(i)
     p[close] *= total
-    return np.minimum(p, 1.0)
+    return p.clip(max=1.0)
 
 
 def _log_choose(n: Numbers, k: Numbers) -> Numbers:
-    return -betaln(n - k + 1, k + 1) - np.log1p(n)
+    logarithm: Numbers = -betaln(n - k + 1, k + 1) - np.log1p(n)
+    return logarithm
 
 
 class _Window(Struct, frozen=True):

@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phoenix_ml.application.statistics.cells import CellCounter, is_missing
+from phoenix_ml.application.statistics.design_effect import (
+    FEWEST_BLOCKS,
+    SMALLEST_PART,
+    Learned,
+    design_effects,
+)
 from phoenix_ml.application.statistics.outputs import output_columns
 from phoenix_ml.application.statistics.quality import measure_quality
 from phoenix_ml.domain.baselines import RESULT, SCORE, Baseline, FeatureBaseline
-from phoenix_ml.domain.errors import ModelRefused
+from phoenix_ml.domain.errors import InvalidField, ModelRefused
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.domain.models import Task
 from phoenix_ml.domain.rows import ElementType, Outputs, Scalar
@@ -54,9 +61,9 @@ def describe_reference(
     ``other`` counts the rest. Where that leaves levels out, or some are rare, they are chosen on a quarter of the rows and
     counted on the rest: those that were chosen for being frequent in the same rows are less frequent in any others.
     ``elements`` says what the engine takes: a number is rounded as it will be, or equal values would differ.
-    ``time`` orders the rows, from which design effects for batches of ``batch_rows`` are learned. ``outcomes`` give
-    quality and calibration. Raises ModelRefused when the reference lacks a feature or a value is not of the
-    feature's type.
+    ``time`` orders the rows, from which design effects for batches of ``batch_rows`` are learned: they are those of
+    production only where the rows are all the traffic of a time, not a sample of it. ``outcomes`` give quality and
+    calibration. Raises ModelRefused when the reference lacks a feature or a value is not of the feature's type.
 
     >>> described = describe_reference({"x": [1.0, 2.0, None]}, {"x": FeatureRule(FeatureType.FLOAT)})
     >>> described.rows, described.features["x"].cuts, described.features["x"].counts
@@ -215,20 +222,51 @@ def _as_engine_sees(column: Sequence[Scalar | None], element: ElementType | None
     return np.array([np.nan if v is None else v for v in column], dtype=np.float32)
 
 
-def _in_order(time: Sequence[Any], rows: int) -> list[int]:
-    if len(time) != rows or any(value is None for value in time):
+def times_of(column: Sequence[Any]) -> list[Any]:
+    """A column of times that can be put into order: texts are read as dates of ISO 8601.
+
+    Raises InvalidField for other texts, and ModelRefused for a row without a time.
+
+    >>> times_of(["2024-12-31T23:00:00-02:00", "2025-01-01"])[0] > times_of(["2025-01-01"])[0]
+    True
+    """
+    if any(value is None or value != value for value in column):  # noqa: PLR0124 - NaN differs from itself
         raise ModelRefused("the column of times must have a time in every row of the reference")
+    return [_time_of(value) if isinstance(value, str) else value for value in column]
+
+
+def _time_of(text: str) -> datetime:
     try:
-        return sorted(range(rows), key=time.__getitem__)
+        found = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise InvalidField(
+            f"the column of times holds {text!r}, which is no date of ISO 8601, and the order of texts is not that of time: give "
+            "dates such as 2024-12-31 or 2024-12-31T23:59:00Z, or numbers such as seconds since 1970",
+            field="time",
+        ) from exc
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _in_order(time: Sequence[Any], rows: int) -> list[int]:
+    if len(time) != rows:
+        raise ModelRefused("the column of times must have a time in every row of the reference")
+    times = times_of(time)
+    try:
+        return sorted(range(rows), key=times.__getitem__)
     except TypeError as exc:
         raise ModelRefused(f"the column of times cannot be put into order: {exc}") from exc
 
 
 def _with_design_effects(baseline: Baseline, watched: Mapping[str, Any], order: Sequence[int]) -> Baseline:
-    from phoenix_ml.application.statistics.design_effect import design_effects
-
     counter = CellCounter(baseline)
     size = baseline.batch_rows
+    # A mean over more rows varies no more than one over fewer, so a batch's design effect is at most that of a part of it
+    # times the parts that it has.
+    part = len(order) // FEWEST_BLOCKS
+    if SMALLEST_PART * size <= part < size:
+        parts, size = size / part, part
+    else:
+        parts = 1.0
     batches = []
     for start in range(0, len(order) - size + 1, size):
         taken = order[start : start + size]
@@ -245,9 +283,9 @@ def _with_design_effects(baseline: Baseline, watched: Mapping[str, Any], order: 
         missing = counts[:, offset + len(entry.cells)]
         learned[name] = msgspec.structs.replace(
             entry,
-            design_effects=design_effects(cells, is_ordered=entry.levels is None),
-            missing_design_effects=design_effects(
-                np.stack([missing, cells.sum(axis=1)], axis=1), is_ordered=True
+            design_effects=_times(parts, design_effects(cells, is_ordered=entry.levels is None)),
+            missing_design_effects=_times(
+                parts, design_effects(np.stack([missing, cells.sum(axis=1)], axis=1), is_ordered=True)
             ),
         )
     return msgspec.structs.replace(
@@ -257,3 +295,7 @@ def _with_design_effects(baseline: Baseline, watched: Mapping[str, Any], order: 
         result=learned.get(RESULT),
         is_time_ordered=True,
     )
+
+
+def _times(factor: float, effects: Learned) -> Learned:
+    return tuple(None if effect is None else round(factor * effect, 4) for effect in effects)

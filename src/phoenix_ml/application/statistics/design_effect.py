@@ -5,9 +5,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from phoenix_ml.domain.baselines import WINDOWS
+from phoenix_ml.domain.baselines import WINDOWS, Baseline, FeatureBaseline
 
 FEWEST_BLOCKS = 8
+# Of a reference that is shorter than 8 batches, blocks of so large a part of a batch still tell something.
+SMALLEST_PART = 0.25
 Learned = tuple[float | None, ...]
 
 
@@ -77,3 +79,54 @@ def effect_at(learned: Learned, rows: int, batch_rows: int) -> tuple[float, bool
                 return max(effects), False
             break
     return (max(known) if known else 1.0), True
+
+
+def short_reference_note(baseline: Baseline, batch_rows: int | None = None) -> str | None:
+    """Which windows the reference is too short to know, and what would help; None where it knows all, or has no time.
+
+    ``batch_rows`` is the monitor's batch where it is another than the baseline's.
+
+    >>> x = FeatureBaseline(0, cuts=(), counts=(9000,), design_effects=(3.2, *[None] * 6))
+    >>> print(short_reference_note(Baseline(9000, {"x": x}, is_time_ordered=True)))
+    The reference has 9,000 rows in order of time, too few to know windows of more than 1,000: drift that shows only in those is advisory and opens no incident. 16,000 rows would teach windows of 2,000, 512,000 those of 64,000.
+    """
+    if not baseline.is_time_ordered:
+        return None
+    scales = [window * baseline.batch_rows for window in WINDOWS]
+    windows = [window * (batch_rows or baseline.batch_rows) for window in WINDOWS]
+    known = {
+        name: sum(
+            not any(effect_at(of, rows, baseline.batch_rows)[1] for of in _learned(entry)) for rows in windows
+        )
+        for name, entry in baseline.watched.items()
+        if entry.present
+    }
+    most = max(known.values(), default=len(windows))
+    fewer = [name for name, count in known.items() if count < most]
+    said = []
+    if most < len(windows):
+        longest = min(windows[-1], scales[-1])
+        needed = [FEWEST_BLOCKS * scale for scale in scales if windows[most] <= scale < 2 * longest]
+        has = f"The reference has {baseline.rows:,} rows in order of time"
+        silent = "is advisory and opens no incident"
+        if not most:
+            said.append(f"{has}, too few to know how much batches differ: whatever drifts {silent}.")
+            least = round(FEWEST_BLOCKS * SMALLEST_PART * baseline.batch_rows)
+            said.append(
+                f"From {least:,} on great changes are told; without --time, rows count as independent."
+            )
+        else:
+            said.append(
+                f"{has}, too few to know windows of more than {windows[most - 1]:,}: drift that shows only in those {silent}."
+            )
+        if needed:
+            said.append(
+                f"{needed[0]:,} rows would teach windows of {windows[most]:,}, {needed[-1]:,} those of {longest:,}."
+            )
+    if fewer:
+        said.append(f"Too few blocks have a value of {', '.join(fewer)}: there more is advisory.")
+    return " ".join(said) or None
+
+
+def _learned(entry: FeatureBaseline) -> tuple[Learned, Learned]:
+    return entry.design_effects, entry.missing_design_effects

@@ -230,11 +230,11 @@ def _groups(entry: FeatureBaseline, column: Column, groups: int) -> NDArray[np.i
         places = np.asarray(entry.cuts, dtype=np.float64).searchsorted(values, side="left")
         return np.where(np.isnan(values), groups, places * groups // cells)
     known = {level: i for i, level in enumerate(entry.levels)}
-    places = []
+    found = []
     for value in column.tolist() if isinstance(column, np.ndarray) else column:
         level = None if is_missing(value) else level_of(value, known)
-        places.append(groups if level is None else known.get(level, len(known)) * groups // cells)
-    return np.array(places)
+        found.append(groups if level is None else known.get(level, len(known)) * groups // cells)
+    return np.array(found)
 
 
 def _fit_losses(baseline: Baseline, columns: Mapping[str, Any], errors: Numbers) -> LossModel:

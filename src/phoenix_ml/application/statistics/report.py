@@ -13,6 +13,7 @@ from scipy.stats import chi2_contingency, false_discovery_control, kstwo, wasser
 
 from phoenix_ml.application.statistics.alarm import FEWEST_ROWS, AlarmSettings, DriftAlarm, check_schema
 from phoenix_ml.application.statistics.cells import MISSING, CellCounter, CellCounts, Column
+from phoenix_ml.application.statistics.design_effect import short_reference_note
 from phoenix_ml.application.statistics.outputs import output_columns
 from phoenix_ml.domain.baselines import SCORE, Baseline, FeatureBaseline
 from phoenix_ml.domain.drift import DriftReport, FeatureAlarm, FeatureDrift, Verdict
@@ -237,9 +238,11 @@ def _notes(
         )
     if baseline.is_time_ordered:
         notes.append(
-            "The reference's own swings in time are allowed for: the rate of false alarms is an empirical one, "
-            "not a theorem."
+            "Swings in time are allowed for as far as the reference shows them, if its rows are all the traffic of a time and not a "
+            "sample of it: they are learned over rows. The rate of false alarms is an empirical one, not a theorem."
         )
+        if (note := short_reference_note(baseline, settings.batch_rows)) is not None:
+            notes.append(note)
     else:
         notes.append(
             f"The reference has no order in time. At most one check in {settings.arl:,.0f} alarms falsely, if rows are independent; "
