@@ -1,5 +1,6 @@
 """The figures that people read are scipy's, whatever the samples hold."""
 
+import io
 import itertools
 import math
 import re
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from rich.console import Console
 from scipy.spatial.distance import jensenshannon
-from scipy.stats import chi2_contingency, false_discovery_control, ks_2samp, wasserstein_distance
+from scipy.stats import chi2_contingency, false_discovery_control, ks_2samp, norm, wasserstein_distance
 
 from phoenix_ml.application.statistics.alarm import AlarmSettings
 from phoenix_ml.application.statistics.baseline import describe_reference, reference_columns
 from phoenix_ml.application.statistics.report import classic_alarms, drift_report, ks_two_sample
 from phoenix_ml.domain.drift import Verdict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
+from phoenix_ml.infrastructure.console.drift import drift_table
+from phoenix_ml.infrastructure.console.drift_page import drift_page
 
 FLOAT, STRING = FeatureRule(FeatureType.FLOAT), FeatureRule(FeatureType.STRING)
 # Few different values make ties, also between the samples.
@@ -205,3 +210,30 @@ def test_a_report_judges_as_the_alarm_does() -> None:
     }
     assert report.drifted == ("moved",)
     assert [alarm.feature for alarm in classic_alarms(report)] == ["moved"]
+
+
+def test_both_forms_of_a_report_show_p_its_adjustment_and_what_the_classical_rule_calls_drift() -> None:
+    """The one that looks at many features needs the adjusted p; the mark says what would have rung without it."""
+
+    def grid(rows: int) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = norm.ppf((np.arange(rows) + 0.5) / rows)
+        return values
+
+    names = ["steady", "a_feature_with_a_long_name", "by_chance"]
+    baseline = describe_reference(dict.fromkeys(names, grid(5000).tolist()), dict.fromkeys(names, FLOAT))
+    means = {"steady": 0.0, "a_feature_with_a_long_name": 0.5, "by_chance": 0.15}
+    report = drift_report(baseline, None, {name: grid(1000) + mean for name, mean in means.items()})
+    by_name = {one.feature: one for one in report.features}
+    assert [by_name[name].is_classic_drift for name in names] == [False, True, True]
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(drift_table(report))
+    table, page = console.export_text(), drift_page(report, "Drift", [])
+
+    for one in report.features:
+        mark = "*" if one.is_classic_drift else ""
+        (line,) = (line for line in table.splitlines() if line.strip().startswith(one.feature[:8]))
+        assert f"{one.p:.2g}{mark} " in line
+        assert f" {one.p_adjusted:.2g} " in line
+        assert f'<td class="n">{one.p:.2g}{mark}</td><td class="n">{one.p_adjusted:.2g}</td>' in page
+    assert all("* p < 0.05" in text for text in (table, page.replace("&lt;", "<")))

@@ -170,8 +170,8 @@ def models_register(
                 phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
             )
     baseline = registered.metadata.baseline
-    if baseline is not None and (note := short_reference_note(baseline)) is not None:
-        _warn(note)
+    if baseline is not None and (advice := short_reference_note(baseline)) is not None:
+        _warn(advice)
     show_version(registered, as_json, conversion=conversion)
 
 

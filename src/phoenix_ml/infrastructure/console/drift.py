@@ -10,6 +10,7 @@ from phoenix_ml.domain.drift import DriftReport, FeatureDrift, Verdict
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 16
+CLASSIC_LEGEND = "* p < 0.05: what the classical rule alone calls drift, in one of twenty steady features too"
 _COLOUR = {
     Verdict.STEADY: "green",
     Verdict.DRIFT: "bold red",
@@ -21,8 +22,12 @@ _COLOUR = {
 
 def drift_table(report: DriftReport) -> Table:
     """One row a feature, those that drifted first."""
-    table = Table("feature", "verdict", "D", "p", "PSI", "W1/σ", "missing", "reference", "now", box=None)
-    for column in ("D", "p", "PSI", "W1/σ", "missing"):
+    table = Table(
+        "feature", "verdict", "D", "p", "p adj", "PSI", "W1/σ", "missing", "reference", "now", box=None
+    )
+    if any(one.is_classic_drift for one in report.features):
+        table.caption, table.caption_justify = CLASSIC_LEGEND, "left"
+    for column in ("D", "p", "p adj", "PSI", "W1/σ", "missing"):
         next(one for one in table.columns if one.header == column).justify = "right"
     for one in sorted(report.features, key=importance):
         before, now = sparklines(one)
@@ -35,7 +40,8 @@ def drift_table(report: DriftReport) -> Table:
             escape(one.feature),
             f"[{colour}]{escape(verdict)}[/]",
             _figure(one.distance if one.statistic is None or one.test != "ks" else one.statistic, "{:.3f}"),
-            _figure(one.p, "{:.2g}"),
+            _figure(one.p, "{:.2g}") + ("*" if one.is_classic_drift else ""),
+            _figure(one.p_adjusted, "{:.2g}"),
             _figure(one.psi, "{:.3f}"),
             _figure(one.wasserstein, "{:.2f}"),
             f"{one.missing:.1%}",

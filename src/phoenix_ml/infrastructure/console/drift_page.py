@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from phoenix_ml.domain.drift import DriftReport, FeatureDrift, Verdict
-from phoenix_ml.infrastructure.console.drift import importance
+from phoenix_ml.infrastructure.console.drift import CLASSIC_LEGEND, importance
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #667085; --line: #e4e7ec; --paper: #fff; --card: #fcfcfd;
@@ -71,6 +71,7 @@ def drift_page(report: DriftReport, title: str, about: Sequence[str]) -> str:
 <table><thead><tr>{head}</tr></thead><tbody>
 {"".join(map(_row, features))}
 </tbody></table>
+{f"<p>{escape(CLASSIC_LEGEND)}</p>" if any(one.is_classic_drift for one in features) else ""}
 <h2>Distributions</h2>
 <p>Shares of the rows in each cell. The cells of a number are cut at the reference's quantiles, so that a steady
 feature is as flat as the reference.</p>
@@ -85,7 +86,7 @@ feature is as flat as the reference.</p>
 def _row(one: FeatureDrift) -> str:
     numbers = (
         (one.statistic if one.test == "ks" else one.distance, "{:.4f}"),
-        (one.p, "{:.2g}"),
+        (one.p, "{:.2g}*" if one.is_classic_drift else "{:.2g}"),
         (one.p_adjusted, "{:.2g}"),
         (one.psi, "{:.4f}"),
         (one.jensen_shannon, "{:.4f}"),
