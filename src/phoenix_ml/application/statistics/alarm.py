@@ -331,6 +331,8 @@ class DriftAlarm:
         self._level_gates = np.array([self._effects[name] for name in self._by_levels])
         # A level is one of two halves; the other is the whole table.
         self._level_budgets = self.budget / 2 / np.array([len(entry.cells) for entry in entries])
+        # By degrees of freedom; without any there is nothing to test.
+        self._chi2_thresholds = np.append(np.inf, chi2.isf(self.budget / 2, np.arange(1, most)))
 
     def _look_at_levels(self, windows: Sequence[_Window], distances: dict[str, float]) -> list[FeatureAlarm]:
         if not self._by_levels or not windows:
@@ -346,20 +348,14 @@ class DriftAlarm:
             if enough[:, i].any():
                 distances[name] = float(sizes[enough[:, i].argmax(), i].max())
         surprising = self._surprising_levels(counts, n, sizes, effects, enough)
-        pooled = (counts + self._level_counts) / (n + m)[:, :, None]
-        filled = pooled > 0
-        least = np.where(filled, pooled, 1.0).min(axis=2) * np.minimum(n, m) / effects
-        variation = sizes.sum(axis=2) / 2
-        statistics = n * m / (n + m) / effects * level_squares(recent, reference, pooled).sum(axis=2)
-        freedom = filled.sum(axis=2) - 1
-        whole = enough & (least >= _FEWEST_EXPECTED) & (variation >= self._level_gates) & (freedom > 0)
+        changed = self._changed_tables(counts, n, sizes, effects, enough)
         alarms = []
-        for w, i in np.ndindex(*n.shape):
+        for w, i in sorted(surprising.keys() | changed.keys()):
             name, window = self._by_levels[i], windows[w]
             entry = self.counter.entries[name]
             effect, is_advisory = float(effects[w, i]), bool(advisory[w, i])
-            if (level := surprising.get((w, i))) is not None:
-                k, p = level
+            if (w, i) in surprising:
+                k, p = surprising[w, i]
                 alarms.append(
                     FeatureAlarm(
                         name,
@@ -376,24 +372,48 @@ class DriftAlarm:
                         is_advisory,
                     )
                 )
-            elif whole[w, i]:
-                threshold = _chi2_threshold(self.budget / 2, int(freedom[w, i]))
-                if (statistic := float(statistics[w, i])) >= threshold:
-                    alarms.append(
-                        FeatureAlarm(
-                            name,
-                            entry.kind,
-                            "chi2",
-                            window.batches,
-                            int(n[w, i]),
-                            statistic,
-                            threshold,
-                            float(variation[w, i]),
-                            design_effect=effect,
-                            is_advisory=is_advisory,
-                        )
+            else:
+                statistic, threshold = changed[w, i]
+                alarms.append(
+                    FeatureAlarm(
+                        name,
+                        entry.kind,
+                        "chi2",
+                        window.batches,
+                        int(n[w, i]),
+                        statistic,
+                        threshold,
+                        float(sizes[w, i].sum() / 2),
+                        design_effect=effect,
+                        is_advisory=is_advisory,
                     )
+                )
         return alarms
+
+    def _changed_tables(
+        self,
+        counts: NDArray[np.int64],
+        n: NDArray[np.int64],
+        sizes: Numbers,
+        effects: Numbers,
+        enough: NDArray[np.bool_],
+    ) -> dict[tuple[int, int], tuple[float, float]]:
+        """By window and feature, χ² over the whole table and its threshold, where that is passed."""
+        at = np.nonzero(enough & (sizes.sum(axis=2) / 2 >= self._level_gates))
+        of, rows, m = counts[at], n[at], self._level_rows[at[1]]
+        reference = self._level_counts[at[1]]
+        pooled = (of + reference) / (rows + m)[:, None]
+        filled = pooled > 0
+        freedom = filled.sum(axis=1) - 1
+        expected = np.where(filled, pooled, 1.0).min(axis=1) * np.minimum(rows, m) / effects[at]
+        squares = level_squares(of / rows[:, None], reference / m[:, None], pooled).sum(axis=1)
+        statistics = rows * m / (rows + m) / effects[at] * squares
+        is_testable = (freedom > 0) & (expected >= _FEWEST_EXPECTED)
+        thresholds = np.where(is_testable, self._chi2_thresholds[freedom], np.inf)
+        return {
+            (int(at[0][j]), int(at[1][j])): (float(statistics[j]), float(thresholds[j]))
+            for j in np.flatnonzero(statistics >= thresholds)
+        }
 
     def _surprising_levels(
         self,
@@ -547,11 +567,6 @@ def _log_chance_outside(outside: int, values: int, reference: int) -> float:
     """Of either side; half of the values on both is the worst split of them."""
     i = np.arange((outside + 1) // 2)
     return float(np.log((values - i) / (values + reference - i)).sum()) + math.log(2)
-
-
-@lru_cache(maxsize=256)
-def _chi2_threshold(budget: float, freedom: int) -> float:
-    return float(chi2.isf(budget, freedom))
 
 
 def _distance(entry: FeatureBaseline, counts: NDArray[np.int64]) -> float:
