@@ -559,25 +559,25 @@ def test_a_reference_becomes_the_baseline_and_the_sample(platform: Platform) -> 
         "age": [None, 20.5, math.nan, 40.0],
         "unused": [1, 2, 3, 4],
     }
-    reference = {name: list(column) * 5 for name, column in reference.items()}
+    reference = {name: list(column) * 10 for name, column in reference.items()}
     version = platform.register(onnx_models.column_model(), reference=reference)
     assert version.metadata.sample == (0.0, 3, "Lima", True)
     visits = FeatureBaseline(
-        0, cuts=(1.0, 2.0, 3.0), counts=(5, 10, 5, 0), mean=2.0, std=math.sqrt(0.5), low=1.0, high=3.0
+        0, cuts=(1.0, 2.0, 3.0), counts=(10, 20, 10, 0), mean=2.0, std=math.sqrt(0.5), low=1.0, high=3.0
     )
     baseline = version.metadata.baseline
     assert baseline is not None
-    assert baseline.rows == 20
+    assert baseline.rows == 40
     assert baseline.features == {
         "age": FeatureBaseline(
-            10, cuts=(20.5, 40.0), counts=(5, 5, 0), mean=30.25, std=9.75, low=20.5, high=40.0
+            20, cuts=(20.5, 40.0), counts=(10, 10, 0), mean=30.25, std=9.75, low=20.5, high=40.0
         ),
         "visits": visits,
-        "city": FeatureBaseline(5, levels={"Oslo": 10, "Lima": 5}),
-        "member": FeatureBaseline(5, levels={"True": 10, "False": 5}),
+        "city": FeatureBaseline(10, levels={"Oslo": 20, "Lima": 10}),
+        "member": FeatureBaseline(10, levels={"True": 20, "False": 10}),
     }
     assert baseline.score is not None
-    assert (baseline.score.missing, sum(baseline.score.counts or ())) == (0, 20)
+    assert (baseline.score.missing, sum(baseline.score.counts or ())) == (0, 40)
     assert platform.registry.get("risk", "1.0.0") == version
 
 
@@ -626,12 +626,12 @@ def test_cells_and_missing_values_add_up_to_the_rows(column: list[float | None])
 def test_levels_other_and_missing_values_add_up_to_the_rows(column: list[str | None]) -> None:
     """A category keeps its most frequent levels and counts the rest; rows that chose the levels are not counted."""
     entry = describe_reference({"x": column}, {"x": FeatureRule(STRING)}).features["x"]
-    often = describe_reference({"x": column * 5}, {"x": FeatureRule(STRING)}).features["x"]
+    often = describe_reference({"x": column * 10}, {"x": FeatureRule(STRING)}).features["x"]
     assert entry.levels is not None
     assert often.levels is not None
     assert sum(entry.levels.values()) + entry.other + entry.missing <= len(column)
     if len({value for value in column if value}) <= 50:
-        assert sum(often.levels.values()) + often.missing == 5 * len(column)
+        assert sum(often.levels.values()) + often.missing == 10 * len(column)
     assert max(len(entry.levels), len(often.levels)) <= 50
 
 

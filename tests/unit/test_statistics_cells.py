@@ -99,7 +99,7 @@ def test_counts_over_other_cells_are_refused() -> None:
 
 def test_a_value_filled_in_by_a_default_is_missing() -> None:
     """A store that loses a feature must show as missing values, not as a pile of defaults."""
-    reference: dict[str, Any] = {"x": [1.0, 2.0, None] * 5, "c": ["a", "b", ""] * 5}
+    reference: dict[str, Any] = {"x": [1.0, 2.0, None] * 10, "c": ["a", "b", ""] * 10}
     baseline = describe_reference(reference, {"x": FLOAT, "c": STRING})
     counter = CellCounter(baseline)
     counts = counter.count({"x": [0.0, 2.0], "c": ["", "b"]}, absent={"x": [True, False]})
@@ -143,7 +143,7 @@ def test_a_reference_is_rounded_as_the_engine_rounds_it() -> None:
 
 def test_a_category_that_nobody_knew_is_other() -> None:
     """A new level is what an alarm has to see."""
-    baseline = describe_reference({"c": ["a", "b"] * 5}, {"c": STRING})
+    baseline = describe_reference({"c": ["a", "b"] * 10}, {"c": STRING})
     counter = CellCounter(baseline)
     assert counter.cells(counter.count({"c": ["a", "z", "z"]}), "c").tolist() == [1, 0, 2]
 
@@ -166,12 +166,12 @@ def test_levels_that_are_chosen_are_counted_on_other_rows() -> None:
     )
 
 
-@pytest.mark.parametrize("rarest", [4, 5])
+@pytest.mark.parametrize("rarest", [9, 10])
 def test_levels_that_all_come_often_are_counted_on_all_rows(rarest: int) -> None:
     """Nothing was chosen there. Where one is rare, others may be lacking that nobody has seen."""
     column = ["a"] * 600 + ["b"] * 400 + ["c"] * rarest
     entry = describe_reference({"c": column}, {"c": STRING}).features["c"]
-    assert (entry.present == len(column)) == (rarest == 5)
+    assert (entry.present == len(column)) == (rarest == 10)
 
 
 def test_a_boolean_has_no_other_levels_than_its_two() -> None:
@@ -182,9 +182,9 @@ def test_a_boolean_has_no_other_levels_than_its_two() -> None:
 
 def test_outputs_are_watched_as_score_and_result() -> None:
     """A model whose answers move is seen even where no single feature moves much."""
-    outputs = Outputs([1, 0, 1] * 5, [0.9, 0.6, 0.7] * 5, [[0.1, 0.9], [0.6, 0.4], [0.3, 0.7]] * 5)
+    outputs = Outputs([1, 0, 1] * 10, [0.9, 0.6, 0.7] * 10, [[0.1, 0.9], [0.6, 0.4], [0.3, 0.7]] * 10)
     baseline = describe_reference(
-        {"x": [1.0, 2.0, 3.0] * 5}, {"x": FLOAT}, outputs=outputs, task=Task.CLASSIFICATION
+        {"x": [1.0, 2.0, 3.0] * 10}, {"x": FLOAT}, outputs=outputs, task=Task.CLASSIFICATION
     )
     counter = CellCounter(baseline)
     counts = counter.count({"x": [1.0]}, outputs=Outputs([0], [0.6], [[0.6, 0.4]]), task=Task.CLASSIFICATION)
@@ -195,8 +195,8 @@ def test_outputs_are_watched_as_score_and_result() -> None:
 KINDS: list[tuple[FeatureType, list[Any], FeatureKind]] = [
     (FeatureType.FLOAT, [1.0, 2.0], FeatureKind.NUMERIC),
     (FeatureType.FLOAT, [2.0, 2.0], FeatureKind.CONSTANT),
-    (FeatureType.STRING, ["a", "b"] * 5, FeatureKind.CATEGORICAL),
-    (FeatureType.STRING, ["a"] * 5, FeatureKind.CONSTANT),
+    (FeatureType.STRING, ["a", "b"] * 10, FeatureKind.CATEGORICAL),
+    (FeatureType.STRING, ["a"] * 10, FeatureKind.CONSTANT),
     (FeatureType.STRING, [str(i) for i in range(60)], FeatureKind.HIGH_CARDINALITY),
 ]
 

@@ -85,7 +85,7 @@ def test_a_numeric_feature_of_the_report_equals_scipy(
 @given(st.lists(st.sampled_from("abc"), min_size=1), st.lists(st.sampled_from("abcd"), min_size=1))
 def test_a_category_of_the_report_equals_scipy(reference: list[str], recent: list[str]) -> None:
     """The two-sample test: the reference is a sample too."""
-    reference = reference * 5  # no level is rare, so that all rows count
+    reference = reference * 10  # no level is rare, so that all rows count
     baseline = describe_reference({"c": reference}, {"c": STRING})
 
     (found,) = drift_report(baseline, None, {"c": recent}).features

@@ -23,7 +23,8 @@ class FeatureBaseline(Struct, frozen=True, omit_defaults=True):
     """One feature's distribution in the reference, as cells or as levels.
 
     A number's cells are cut at the reference's quantiles: cell i holds what lies in (cuts[i − 1], cuts[i]]. A
-    category has its most frequent ``levels``, the rest are ``other``. ``low`` and ``high`` are the least and the
+    category has its most frequent ``levels``, the rest are ``other``; where the reference's own rows had to choose the
+    levels, those rows are not counted, so ``present`` and ``missing`` may be fewer than the reference's. ``low`` and ``high`` are the least and the
     greatest number. ``design_effects`` has one entry a window of WINDOWS, None where the reference is too short to
     learn it; it is empty where the reference has no order in time. ``missing_design_effects`` are those of the
     rate of missing values.
@@ -43,7 +44,7 @@ class FeatureBaseline(Struct, frozen=True, omit_defaults=True):
 
     @property
     def present(self) -> int:
-        """How many rows of the reference have a value."""
+        """How many of the rows that are counted have a value."""
         return sum(self.counts) + sum((self.levels or {}).values()) + self.other
 
     @property

@@ -32,8 +32,9 @@ MOST_LEVELS = 50
 # Keeps the levels of 30 features within the size that a baseline may have.
 MOST_LEVEL_BYTES = 1000
 _LEVEL_BYTES = 10
-# Where each level came so often, hardly any that there are can be lacking.
-_OFTEN = 5
+# Where each level came so often, too few can be lacking to ring the alarm beyond its budget (from 7 on, by sums over
+# the levels that may be unseen; at 5 it would take 2.4 times its half).
+_OFTEN = 10
 _CHOOSING = 0.25
 
 _NUMBERS = frozenset({FeatureType.FLOAT, FeatureType.INTEGER})
