@@ -171,7 +171,7 @@ def models_register(
             )
     baseline = registered.metadata.baseline
     if baseline is not None and (advice := short_reference_note(baseline)) is not None:
-        _warn(advice)
+        warn(advice)
     show_version(registered, as_json, conversion=conversion)
 
 
