@@ -55,7 +55,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(15, 10_000, 200, 50, 400, 1000, 5, 400)
-REDUCED = Scale(15, 700, 40, 15, 64, 60, 1, 100)
+REDUCED = Scale(15, 700, 40, 8, 64, 60, 1, 100)
 
 
 class Figure(NamedTuple):
