@@ -73,6 +73,28 @@ def binary_classifier(width: int = 3, *, bias: float = 0.25) -> bytes:
     return _model(nodes, [_value("x", FLOAT, ("n", width))], outputs, initializers)
 
 
+def unnamed_classifier(labels: tuple[str, str] = ("yes", "no"), *, cut: float = 0.5) -> bytes:
+    """``p = sigmoid(x)`` for one feature; ``label`` is the second of the labels where p is above the cut.
+
+    No operator of it says which probability is of which label.
+    """
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["p"]),
+        helper.make_node("Sub", ["one", "p"], ["q"]),
+        helper.make_node("Concat", ["q", "p"], ["probabilities"], axis=1),
+        helper.make_node("Greater", ["p", "cut"], ["above"]),
+        helper.make_node("Where", ["above", "second", "first"], ["label"]),
+    ]
+    outputs = [_value("label", STRING, ("n", 1)), _value("probabilities", FLOAT, ("n", 2))]
+    initializers: dict[str, NDArray[Any]] = {
+        "one": np.array([1.0], np.float32),
+        "cut": np.array([cut], np.float32),
+        "first": np.array([labels[0]], object),
+        "second": np.array([labels[1]], object),
+    }
+    return _model(nodes, [_value("x", FLOAT, ("n", 1))], outputs, initializers)
+
+
 def network_classifier(width: int = 30, *, hidden: int = 64) -> bytes:
     """A network with one hidden layer and random weights: sums long enough that their order shows in the bits."""
     random = np.random.default_rng(11)

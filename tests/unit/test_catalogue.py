@@ -19,9 +19,17 @@ import onnx_models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from phoenix_ml.application import catalogue as use_cases
-from phoenix_ml.application.catalogue import Registration, activate, register, set_routing
+from phoenix_ml.application.catalogue import (
+    Registration,
+    activate,
+    notes_on,
+    register,
+    set_routing,
+    settle_labels,
+)
 from phoenix_ml.application.ports import Engine, ModelHints, Placement
 from phoenix_ml.application.serving import INLINE_LIMIT_S, LiveModels, ServedVersion
 from phoenix_ml.application.statistics.baseline import describe_reference
@@ -588,6 +596,77 @@ def test_real_rows_try_out_a_model_that_plain_ones_cannot(platform: Platform) ->
     with pytest.raises(ModelRefused, match="cannot answer a sample row") as caught:
         platform.register(onnx_models.strict_one_hot_model(), "2.0.0", reference={"city": ["Paris"]})
     assert "--reference" not in caught.value.message
+
+
+def judged_rows(count: int = 2000) -> tuple[dict[str, list[Any]], list[float]]:
+    """Rows of one feature with outcomes of which a sigmoid is the probability of "no"; and that probability."""
+    rng = np.random.default_rng(8)
+    x = rng.normal(0, 2, count).astype(np.float32)
+    p = 1 / (1 + np.exp(-x))
+    return {"x": x.tolist(), "y": np.where(rng.random(count) < p, "no", "yes").tolist()}, p.tolist()
+
+
+def test_labels_that_the_graph_does_not_name_are_learned_from_the_reference(platform: Platform) -> None:
+    """Without them nobody knows which column of the probabilities is whose: the figures would be of the wrong class."""
+    reference, p = judged_rows()
+    version = platform.register(onnx_models.unnamed_classifier(), reference=reference, outcome="y")
+    assert version.metadata.class_labels == ("yes", "no")
+    baseline = version.metadata.baseline
+    assert baseline is not None
+    assert baseline.quality is not None
+    assert baseline.calibration is not None
+    assert baseline.calibration.positive == "no"
+    truth = [outcome == "no" for outcome in reference["y"]]
+    assert baseline.quality.auc == pytest.approx(roc_auc_score(truth, p), abs=1e-6)
+
+
+@pytest.mark.parametrize("cut", [0.95, 0.0], ids=["answers contradict", "one label is never answered"])
+def test_what_nobody_knows_the_class_of_is_not_measured(platform: Platform, cut: float) -> None:
+    """An estimate that stands at 100 % hides everything; by confidence it is near the truth."""
+    reference, _ = judged_rows()
+    version = platform.register(onnx_models.unnamed_classifier(cut=cut), reference=reference, outcome="y")
+    baseline = version.metadata.baseline
+    assert version.metadata.class_labels == ()
+    assert baseline is not None
+    assert baseline.quality is not None
+    assert baseline.estimate is not None
+    assert (baseline.quality.auc, baseline.quality.brier, baseline.quality.log_loss) == (None, None, None)
+    assert baseline.estimate.value == pytest.approx(baseline.quality.accuracy, abs=0.005)
+    assert [note[:43] for note in notes_on(version.metadata)] == [
+        "the graph does not name its class labels, a"
+    ]
+
+
+def test_numbers_that_are_guessed_as_labels_must_fit_the_answers() -> None:
+    """0 and 1 are no labels of a model that answers 1 where the first probability is the greatest."""
+    probabilities = [[0.1, 0.9], [0.8, 0.2], [0.5, 0.5], [math.nan, math.nan]]
+    assert settle_labels(Outputs([1, 0, 1, 0], None, probabilities), (0, 1)) == (0, 1)
+    assert settle_labels(Outputs([7, 3, 9, 9], None, probabilities), (0, 1)) == (3, 7)
+    assert settle_labels(Outputs([True, False, True, True], None, probabilities), (0, 1)) == (0, 1)
+    assert settle_labels(Outputs([0, 0], None, [[0.9, 0.1], [0.8, 0.2]]), (0, 1)) == (0, 1)
+    assert settle_labels(Outputs([5, 5], None, [[0.9, 0.1], [0.8, 0.2]]), (0, 1)) == ()
+    assert settle_labels(Outputs(["a", "a"], None, [[0.9, 0.1], [0.1, 0.9]]), ()) == ()
+
+
+def test_who_registers_hears_of_gaps_in_what_requests_must_have(platform: Platform) -> None:
+    """Rows like those of the reference would be refused; the contract to write is there to be copied."""
+    reference: Reference = {
+        "city": ["Oslo", None],
+        "age": [1.0, None],
+        "visits": [1, None],
+        "member": [True, True],
+    }
+    version = platform.register(onnx_models.column_model(), reference=reference)
+    [note] = notes_on(version.metadata)
+    assert "lacks values of age, visits, city, which" in note
+    contract = msgspec.json.decode(note[note.index("{") :], type=dict[str, FeatureRule])
+    again = platform.register(onnx_models.column_model(), "1.1.0", reference=reference, features=contract)
+    assert contract == {
+        "age": FeatureRule(FLOAT, None),
+        "visits": FeatureRule(INTEGER, 0),
+        "city": FeatureRule(STRING, None),
+    }
+    assert notes_on(again.metadata) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 31, 1000])

@@ -12,10 +12,18 @@ import onnx
 import onnxruntime
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
+from msgspec import convert
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
+from phoenix_ml.application.catalogue import Reference, Registration, register
 from phoenix_ml.demo import training
 from phoenix_ml.demo.training import CATEGORIES, CLASS_LABELS, FEATURES, TrainedVersion, Training
+from phoenix_ml.domain.features import FeatureRule
+from phoenix_ml.infrastructure.artifacts.files import FileArtifacts
+from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
+from phoenix_ml.infrastructure.sql.database import Database
+from phoenix_ml.infrastructure.sql.registry import SqlRegistry
+from phoenix_ml.infrastructure.tables import read_columns
 
 VERSIONS = ("1.0.0", "1.1.0")
 NUMBERS = tuple(name for name in FEATURES if name not in CATEGORIES)
@@ -127,6 +135,46 @@ def test_the_model_carries_its_class_labels_in_the_order_of_its_probabilities(
 
     assert json.loads(properties["class_labels"]) == version.estimator.classes_.tolist() == list(CLASS_LABELS)
     assert properties["version"] == version.version
+
+
+def test_the_reference_says_of_both_models_what_scikit_learn_says(
+    trained: Training, version: TrainedVersion, tmp_path: Path
+) -> None:
+    """An estimate that stands at 100 %, as that of the regression once did, will never show that a model suffers."""
+    database = Database(f"sqlite:///{tmp_path / 'phoenix.db'}")
+    database.upgrade()
+    columns = read_columns(trained.reference_path)
+    registered = register(
+        SqlRegistry(database),
+        FileArtifacts(tmp_path / "artifacts"),
+        OnnxEngines(),
+        version.onnx_path,
+        Registration(training.MODEL_NAME, version.version, features=contract_of(trained)),
+        actor="ann",
+        reference=Reference(columns, outcome=training.OUTCOME),
+    )
+    database.close()
+    rows = list(trained.data.train)
+    table, truth = training.arrange_for_sklearn(trained.data)[rows], np.array(trained.data.outcomes)[rows]
+    good = version.estimator.predict_proba(table)[:, 1]
+    accuracy = accuracy_score(truth, version.estimator.predict(table))
+
+    baseline = registered.metadata.baseline
+
+    assert registered.metadata.class_labels == CLASS_LABELS
+    assert baseline is not None
+    assert baseline.quality is not None
+    assert baseline.estimate is not None
+    assert baseline.quality.accuracy == pytest.approx(accuracy, abs=1e-9)
+    assert baseline.quality.auc == pytest.approx(roc_auc_score(truth == "good", good), abs=1e-5)
+    assert baseline.quality.brier == pytest.approx(brier_score_loss(truth == "good", good), abs=1e-5)
+    assert baseline.quality.log_loss == pytest.approx(log_loss(truth, good), abs=1e-5)
+    assert baseline.estimate.value == pytest.approx(accuracy, abs=0.005)
+    assert 0 < baseline.estimate.se < 0.02
+
+
+def contract_of(trained: Training) -> dict[str, FeatureRule]:
+    return convert(json.loads(trained.contract_path.read_text()), dict[str, FeatureRule])
 
 
 def test_the_models_are_valid_and_small(version: TrainedVersion) -> None:

@@ -160,6 +160,29 @@ def test_probabilities_stand_in_the_order_of_the_class_labels(
     assert outputs.confidences == close_to(p.max(axis=1).tolist())
 
 
+@pytest.mark.parametrize("labels", [("bad", "good"), (0, 1), (7, 3), ("a", "b", "c")])
+def test_labels_are_read_where_an_output_picks_from_them(
+    load: Callable[..., Loaded], labels: tuple[Any, ...]
+) -> None:
+    """skl2onnx writes a logistic regression on doubles without any operator that names the classes."""
+    from skl2onnx import convert_sklearn
+    from skl2onnx.common.data_types import DoubleTensorType
+    from sklearn.linear_model import LogisticRegression
+
+    x = rows_of(60, len(labels)).astype(np.float64)
+    estimator = LogisticRegression().fit(x, np.array(labels)[x.argmax(axis=1)])
+    converted = convert_sklearn(
+        estimator,
+        initial_types=[("x", DoubleTensorType([None, len(labels)]))],
+        options={id(estimator): {"zipmap": False}},
+    )
+    model = load(converted.SerializeToString())
+    outputs = model.run(*x.tolist())
+    assert not any("classlabels" in a.name for node in converted.graph.node for a in node.attribute)
+    assert list(model.metadata.class_labels) == estimator.classes_.tolist()
+    assert np.array(outputs.probabilities) == close_to(estimator.predict_proba(x))
+
+
 def test_probabilities_alone_are_a_classifier_when_the_task_says_so(load: Callable[..., Loaded]) -> None:
     """Many neural networks have no label output; the graph looks like a regression of several numbers."""
     x = rows_of(5, 4)

@@ -1,6 +1,7 @@
 """The catalogue of models: registering versions, their stages, activation and routing."""
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from phoenix_ml.application.statistics.baseline import (
     times_of,
     write_reference,
 )
+from phoenix_ml.application.statistics.design_effect import short_reference_note
 from phoenix_ml.domain.baselines import Baseline
 from phoenix_ml.domain.errors import (
     FeatureInvalid,
@@ -54,6 +56,7 @@ _PLAIN: Mapping[FeatureType, Scalar] = {
     FeatureType.BOOLEAN: False,
     FeatureType.STRING: "",
 }
+_NULLABLE = frozenset({FeatureType.FLOAT, FeatureType.STRING})
 
 
 class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,6 +152,40 @@ def register(
         _check_same(existing, sha256, registration)
         return existing
     return version
+
+
+def notes_on(metadata: Metadata) -> list[str]:
+    """What whoever registers a version should know of it, and what to do about it."""
+    baseline = metadata.baseline
+    if baseline is None:
+        return []
+    notes = []
+    gaps = {
+        name: {"type": rule.type, "default": None if rule.type in _NULLABLE else _PLAIN[rule.type]}
+        for name, rule in metadata.contract.items()
+        if isinstance(rule.default, UnsetType) and baseline.features[name].missing
+    }
+    if gaps:
+        notes.append(
+            f"the reference lacks values of {', '.join(gaps)}, which requests must have: if they may lack them too, "
+            f"register a version with a feature contract that says so: {msgspec.json.encode(gaps).decode()}"
+        )
+    if (
+        baseline.quality is not None
+        and baseline.calibration is not None
+        and baseline.quality.log_loss is None
+    ):
+        why = (
+            f"the reference has outcomes that are none of the model's labels, {', '.join(map(str, metadata.class_labels))}"
+            if metadata.class_labels
+            else "the graph does not name its class labels, and the answers to the reference do not tell their order"
+        )
+        notes.append(
+            f"{why}: AUC, Brier score and log loss are left out, and accuracy is estimated by confidence"
+        )
+    if (note := short_reference_note(baseline)) is not None:
+        notes.append(note)
+    return notes
 
 
 def activate(
@@ -272,9 +309,11 @@ def _describe_rows(
         describe_reference(reference.columns, contract, elements=_elements(metadata))
     # Not on a GPU, for which TensorRT would build an engine first, and which need not be there.
     engine = engines.load(path, metadata, registration.framework, on_cpu=True)
+    named = metadata.class_labels
     metadata = _try_out(engine, metadata, None if reference is None else reference.columns)
     if reference is not None:
-        metadata = msgspec.structs.replace(metadata, baseline=_compare_with(reference, engine, metadata))
+        is_named = bool(named) and metadata.class_labels == named
+        metadata = _compare_with(reference, engine, metadata, is_named=is_named)
     return _checked(metadata)
 
 
@@ -290,8 +329,11 @@ def _elements(metadata: Metadata) -> dict[str, ElementType]:
     return {column.name: column.element for column in metadata.columns}
 
 
-def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> Baseline:
-    """The baseline, with what the model makes of the reference."""
+def _compare_with(reference: Reference, engine: Engine, metadata: Metadata, *, is_named: bool) -> Metadata:
+    """The metadata with the baseline, and with what the model makes of the reference.
+
+    ``is_named`` says that the class labels are those that the graph names.
+    """
     columns = reference.columns
     order = reference.column(reference.time, "time")
     order = None if order is None else times_of(order)
@@ -313,6 +355,9 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
     outputs = score(engine, metadata, scored)
     if outcomes is not None and isinstance(outputs.results[0], list):
         raise InvalidField("a model with several answers a row has no outcome column", field="outcome")
+    if not is_named:
+        labels = settle_labels(outputs, metadata.class_labels)
+        metadata = msgspec.structs.replace(metadata, class_labels=labels)
     baseline = describe_reference(
         scored,
         metadata.contract,
@@ -323,11 +368,39 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata) -> B
         task=metadata.task,
         class_labels=metadata.class_labels,
     )
-    if scored is columns:
-        return baseline
-    # The scores are compared over fewer rows than the features, each as many as it has.
-    whole = describe_reference(columns, metadata.contract, elements=elements, time=order)
-    return msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
+    if scored is not columns:
+        # The scores are compared over fewer rows than the features, each as many as it has.
+        whole = describe_reference(columns, metadata.contract, elements=elements, time=order)
+        baseline = msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
+    return msgspec.structs.replace(metadata, baseline=baseline)
+
+
+def settle_labels(outputs: Outputs, guessed: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The labels in the order of the probabilities, as the answers show it.
+
+    A label is that of a column where it is answered whenever the column is the greatest, and never else. The guess
+    stays where the answers do not contradict it; where they do, nothing is known.
+
+    >>> settle_labels(Outputs(["good", "bad"], [0.9, 0.8], [[0.1, 0.9], [0.8, 0.2]]), ())
+    ('bad', 'good')
+    >>> settle_labels(Outputs([1, 0], [0.9, 0.8], [[0.1, 0.9], [0.2, 0.8]]), (0, 1))
+    ()
+    """
+    if not outputs.probabilities or not isinstance(outputs.results[0], str | int):
+        return guessed
+    answered: dict[int, set[str | int]] = {}
+    for result, row in zip(outputs.results, outputs.probabilities, strict=True):
+        top = max(row)
+        if row.count(top) == 1 and not any(map(math.isnan, row)):
+            label = int(result) if isinstance(result, bool) else result
+            answered.setdefault(row.index(top), set()).add(label)
+    found = {column: next(iter(labels)) for column, labels in answered.items() if len(labels) == 1}
+    if len(found) < len(answered) or len(set(found.values())) < len(found):
+        return ()
+    if len(found) == len(outputs.probabilities[0]):
+        return tuple(label for _, label in sorted(found.items()))
+    is_possible = bool(guessed) and all(guessed[column] == label for column, label in found.items())
+    return guessed if is_possible else ()
 
 
 def score(engine: Engine, metadata: Metadata, columns: Mapping[str, Sequence[Any]]) -> Outputs:

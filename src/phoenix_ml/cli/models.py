@@ -120,9 +120,9 @@ def models_register(
     PATH is an ONNX file; or a model of scikit-learn (.joblib, .pkl), XGBoost (.json, .ubj) or LightGBM (.txt), which
     is converted to ONNX and must answer a sample as before; or one of MLflow: its folder, or models:/NAME@ALIAS.
     """
-    from phoenix_ml.application.catalogue import Reference, Registration, register
+    from phoenix_ml.application.catalogue import Reference, Registration, notes_on, register
     from phoenix_ml.application.catalogue import activate as activate_version
-    from phoenix_ml.application.statistics.design_effect import short_reference_note
+    from phoenix_ml.application.reports import describe_version
     from phoenix_ml.infrastructure.formats.convert import Wanted, check_trust, convert, needs_conversion
     from phoenix_ml.infrastructure.tables import read_columns
 
@@ -169,10 +169,15 @@ def models_register(
             registered = activate_version(
                 phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
             )
-    baseline = registered.metadata.baseline
-    if baseline is not None and (advice := short_reference_note(baseline)) is not None:
-        warn(advice)
-    show_version(registered, as_json, conversion=conversion)
+    notes = notes_on(registered.metadata)
+    for note in notes:
+        err.print("[yellow]note[/] ", end="")
+        err.print(note, markup=False, highlight=False)
+    if as_json:
+        told = {"notes": notes} if conversion is None else {"notes": notes, "conversion": conversion}
+        show_json(describe_version(registered) | told)
+    else:
+        show_version(registered, conversion=conversion)
 
 
 def _locate(artifact: str, folder: Path, tracking_uri: str | None) -> Path:
@@ -192,19 +197,10 @@ def _locate(artifact: str, folder: Path, tracking_uri: str | None) -> Path:
 
 
 def show_version(
-    version: ModelVersion, as_json: bool, *, baseline: bool = False, conversion: "Conversion | None" = None
+    version: ModelVersion, *, baseline: bool = False, conversion: "Conversion | None" = None
 ) -> None:
-    from phoenix_ml.application.reports import describe_version
-
-    described = describe_version(version, baseline=baseline)
-    if as_json and conversion is not None:
-        described = described | {"conversion": conversion}
-    if as_json:
-        show_json(described)
-        return
     console = Console()
-    state = "[green]active[/]" if version.is_active else "inactive"
-    console.print(f"[bold]{version.model_id} {version.version}[/]  {version.stage}  {state}")
+    console.print(_state_of(version))
     console.print(
         f"[dim]{version.metadata.task}, {version.metadata.runtime}, sha256 {version.sha256[:16]}…[/]"
     )
@@ -228,7 +224,22 @@ def show_version(
         table.add_row(name, rule.type, default, age, rule.description)
     console.print(table)
     if baseline:
-        show_json(described["baseline"])
+        show_json(version.metadata.baseline)
+
+
+def show_state(version: ModelVersion, as_json: bool) -> None:
+    """One line of what may change about a version; in JSON all of it."""
+    from phoenix_ml.application.reports import describe_version
+
+    if as_json:
+        show_json(describe_version(version))
+    else:
+        Console().print(_state_of(version))
+
+
+def _state_of(version: ModelVersion) -> str:
+    state = "[green]active[/]" if version.is_active else "inactive"
+    return f"[bold]{version.model_id} {version.version}[/]  {version.stage}  {state}"
 
 
 def _show_tensors(metadata: Metadata, console: Console) -> None:
@@ -298,7 +309,7 @@ def models_show(model_id: str, version: str | None, baseline: bool, data: Path |
         show_json(described if version is None else described[0])
         return
     for one in found:
-        show_version(one, False, baseline=baseline)
+        show_version(one, baseline=baseline)
 
 
 @models.command("stage")
@@ -311,7 +322,8 @@ def models_show(model_id: str, version: str | None, baseline: bool, data: Path |
 def models_stage(model_id: str, version: str, stage: str, data: Path | None, as_json: bool) -> None:
     """Move a version one step: dev, staging, prod."""
     with opened(data) as phoenix:
-        show_version(phoenix.registry.set_stage(model_id, version, Stage(stage), actor()), as_json)
+        changed = phoenix.registry.set_stage(model_id, version, Stage(stage), actor())
+    show_state(changed, as_json)
 
 
 @models.command("activate")
@@ -328,7 +340,7 @@ def models_activate(model_id: str, version: str, data: Path | None, as_json: boo
         activated = activate(
             phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
         )
-    show_version(activated, as_json)
+    show_state(activated, as_json)
 
 
 @models.command("deactivate")
@@ -340,7 +352,8 @@ def models_activate(model_id: str, version: str, data: Path | None, as_json: boo
 def models_deactivate(model_id: str, version: str, data: Path | None, as_json: bool) -> None:
     """Take a version out of service."""
     with opened(data) as phoenix:
-        show_version(phoenix.registry.set_active(model_id, version, False, actor()), as_json)
+        changed = phoenix.registry.set_active(model_id, version, False, actor())
+    show_state(changed, as_json)
 
 
 @models.command("monitoring")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phoenix_ml.application.statistics.cells import Column, is_missing, level_of
-from phoenix_ml.application.statistics.outputs import labels_of, output_columns
+from phoenix_ml.application.statistics.outputs import labels_of, output_columns, steady
 from phoenix_ml.domain.baselines import (
     RESULT,
     SCORE,
@@ -43,9 +43,9 @@ def estimate_performance(
 ) -> Estimate | None:
     """The estimate over one window; None where the baseline was registered without outcomes or has too few rows.
 
-    Two classes: with p̂ the calibrated probability of the last one, accuracy = mean(p̂ where it was answered, else
-    1 − p̂), and AUC from the expected pair counts. More classes: the mean calibrated confidence. A regression: the
-    mean of its loss model. The standard error is a bootstrap's over the window's rows.
+    Two classes whose labels are known: with p̂ the calibrated probability of the last one, accuracy = mean(p̂ where
+    it was answered, else 1 − p̂), and AUC from the expected pair counts. Others: the mean calibrated confidence. A
+    regression: the mean of its loss model. The standard error is a bootstrap's over the window's rows.
 
     Confidence-based performance estimation (NannyML; Białek et al. 2024). It assumes no concept drift.
 
@@ -158,16 +158,21 @@ def with_estimator(
         baseline = msgspec.structs.replace(baseline, loss_model=_fit_losses(baseline, columns, errors))
         spread = errors
     else:
-        if score is None or labels is None:
+        if labels is None:
             return baseline
         truth = labels_of(outcomes)
         is_correct = np.array([a == b for a, b in zip(labels, truth, strict=True)])
-        is_binary = _is_binary(outputs)
-        classes = labels_of(class_labels or (0, 1))
-        hits = np.array([label == classes[-1] for label in truth]) if is_binary else is_correct
+        classes = labels_of(class_labels)
+        # The score is the probability of the last class only where all answers and outcomes are of the two.
+        is_binary = len(classes) == 2 and _is_binary(outputs) and {*truth, *labels} <= set(classes)
+        positive = classes[-1] if is_binary else None
+        hits = np.array([label == positive for label in truth]) if is_binary else is_correct
+        score = score if is_binary else _confidences(outputs)
+        if score is None:
+            return baseline
         scores, probabilities = fit_calibration(score, hits)
         calibration = Calibration(
-            classes[-1] if is_binary else None,
+            positive,
             tuple(scores.tolist()),
             tuple(probabilities.round(6).tolist()),
         )
@@ -194,15 +199,17 @@ def _is_binary(outputs: Outputs) -> bool:
     )
 
 
+def _confidences(outputs: Outputs) -> Numbers | None:
+    return steady(np.asarray(outputs.confidences, dtype=np.float64)) if outputs.confidences else None
+
+
 def _expected(
     baseline: Baseline, task: Task | None, outputs: Outputs, columns: Mapping[str, Any] | None
 ) -> tuple[Numbers, Numbers | None, Numbers] | None:
     """A row's expected accuracy or error, its calibrated probability of being positive, and its score."""
     score, labels = output_columns(task, outputs)
-    if score is None:
-        return None
     if task is Task.REGRESSION:
-        if baseline.loss_model is None or columns is None:
+        if score is None or baseline.loss_model is None or columns is None:
             return None
         expected = np.full(len(score), baseline.loss_model.intercept)
         for name, column in (dict(columns) | {SCORE: score}).items():
@@ -212,6 +219,10 @@ def _expected(
         return np.maximum(expected, 0.0), None, score
     calibration = baseline.calibration
     if calibration is None or labels is None:
+        return None
+    if calibration.positive is None:
+        score = _confidences(outputs)
+    if score is None:
         return None
     is_number = np.isfinite(score)
     score = score[is_number]

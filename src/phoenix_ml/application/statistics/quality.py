@@ -130,9 +130,10 @@ def _errors(outputs: Outputs, outcomes: Sequence[Any]) -> Numbers:
 def _of_probabilities(
     probabilities: Numbers, truth: Sequence[str], class_labels: Sequence[str | int]
 ) -> dict[str, float | None]:
-    classes = labels_of(class_labels or range(probabilities.shape[1]))
+    classes = labels_of(class_labels)
     if len(classes) != probabilities.shape[1] or not set(truth) <= set(classes):
-        return {}  # an outcome that the model cannot answer has no probability to be measured by
+        # Where it is not known which class a probability is of, or an outcome that the model cannot answer has none.
+        return {}
     place = {label: i for i, label in enumerate(classes)}
     hits = np.zeros(probabilities.shape, dtype=bool)
     hits[np.arange(len(truth)), [place[label] for label in truth]] = True

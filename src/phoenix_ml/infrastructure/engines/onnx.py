@@ -3,7 +3,7 @@
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import redirect_stdout
 from functools import cache
 from math import prod
@@ -63,6 +63,9 @@ _STATEFUL: Final = {
     "RandomUniform",
     "RandomUniformLike",
 }
+# Operators that change no value of their first input, but at most its type or shape; and those that pick from it.
+_KEEPING: Final = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+_PICKING: Final = {"ArrayFeatureExtractor", "Gather"}
 _ONNX_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, without onnx, which API processes never import
 
 # ONNX Runtime's exceptions share no base class of their own.
@@ -726,14 +729,61 @@ def _check_graph(artifact: Path) -> _Graph:
 
 
 def _labels(model: Any) -> tuple[str | int, ...]:
-    # The labels of a ZipMap are the very keys of its maps.
-    for node in sorted(model.graph.node, key=lambda node: node.op_type != "ZipMap"):
+    # The labels of a ZipMap are the very keys of its maps; those that an output picks are its answers. Others may be
+    # what a model inside of the model answers.
+    maps = [node for node in model.graph.node if node.op_type == "ZipMap"]
+    return _named_labels(maps) or _picked_labels(model.graph) or _named_labels(model.graph.node)
+
+
+def _named_labels(nodes: Iterable[Any]) -> tuple[str | int, ...]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.name == "classlabels_strings" and attribute.strings:
                 return tuple(label.decode() for label in attribute.strings)
             if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
                 return tuple(attribute.ints)
     return ()
+
+
+def _picked_labels(graph: Any) -> tuple[str | int, ...]:
+    """The constant from which an output picks by the place of the greatest score.
+
+    So skl2onnx writes logistic regressions, neural networks and more, whose nodes name no labels.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants |= {name: a.t for name in node.output for a in node.attribute if a.name == "value"}
+
+    def origin(name: str) -> str:
+        for _ in graph.node:  # not longer, as nothing has checked yet that there is no circle
+            node = makers.get(name)
+            if node is None or node.op_type not in _KEEPING or not node.input:
+                break
+            name = node.input[0]
+        return name
+
+    for output in graph.output:
+        picking = makers.get(origin(output.name))
+        if picking is None or picking.op_type not in _PICKING or len(picking.input) != 2:
+            continue
+        labels, place = (origin(name) for name in picking.input)
+        if labels in constants and place in makers and makers[place].op_type == "ArgMax":
+            return _read_labels(constants[labels])
+    return ()
+
+
+def _read_labels(tensor: Any) -> tuple[str | int, ...]:
+    from onnx import numpy_helper
+
+    if tensor.string_data:
+        return tuple(label.decode() for label in tensor.string_data)
+    try:
+        values = numpy_helper.to_array(tensor).ravel()
+    except ValueError:  # a damaged one, of which ONNX Runtime says more
+        return ()
+    return tuple(values.tolist()) if values.dtype.kind in "iu" else ()
 
 
 def _nodes(model: Any) -> Iterator[Any]:

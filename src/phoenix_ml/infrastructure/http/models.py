@@ -12,7 +12,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
-from phoenix_ml.application.catalogue import Reference, Registration, activate, register, set_routing
+from phoenix_ml.application.catalogue import (
+    Reference,
+    Registration,
+    activate,
+    notes_on,
+    register,
+    set_routing,
+)
 from phoenix_ml.application.reports import describe_version
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.bootstrap import Phoenix
@@ -110,7 +117,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
         except MultiPartException as exc:
             raise MalformedBody(f"the body is not multipart/form-data: {exc.message}") from exc
         await run_in_threadpool(live.refresh, version.model_id)
-        return answer(describe_version(version), 201)
+        return answer(describe_version(version) | {"notes": notes_on(version.metadata)}, 201)
 
     @router.get("/models/{model_id}")
     def show_model(model_id: str) -> Response:
