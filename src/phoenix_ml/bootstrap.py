@@ -27,6 +27,7 @@ from phoenix_ml.application.ports import (
 from phoenix_ml.application.predict import Predict
 from phoenix_ml.application.serving import LiveModels
 from phoenix_ml.domain.errors import Misconfigured
+from phoenix_ml.extras import install
 from phoenix_ml.settings import Settings
 
 if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml --help` need not wait for
@@ -153,7 +154,7 @@ def open_features(settings: Settings, deadline_ms: float | None = None) -> Featu
         try:
             from phoenix_ml.infrastructure.features.redis import RedisFeatures
         except ModuleNotFoundError as exc:
-            raise Misconfigured("Redis needs its client: pip install 'phoenix-ml[redis]'") from exc
+            raise Misconfigured(f"Redis needs its client: {install('redis')}") from exc
         return RedisFeatures(url, deadline_ms or settings.features_deadline_ms)
     raise _unknown_scheme("PHOENIX_FEATURES", url, ["sqlite:", *(f"{scheme}://" for scheme in _REDIS)])
 
@@ -195,7 +196,7 @@ def open_kafka(settings: Settings) -> Kafka | None:
     try:
         from phoenix_ml.infrastructure.events.kafka import Kafka
     except ModuleNotFoundError as exc:
-        raise Misconfigured("Kafka needs its client: pip install 'phoenix-ml[kafka]'") from exc
+        raise Misconfigured(f"Kafka needs its client: {install('kafka')}") from exc
     return Kafka(url, settings.kafka_partitions)
 
 

@@ -226,7 +226,7 @@ def test_a_setting_that_is_wrong_is_named_with_what_would_be_right(
     ("features", "hidden", "said"),
     [
         ("foo://x", "nothing", "known are sqlite:, redis://, rediss://"),
-        ("redis://127.0.0.1", "redis", "pip install 'phoenix-ml[redis]'"),
+        ("redis://127.0.0.1", "redis", "pip install redis hiredis"),
         ("redis://127.0.0.1:port", "nothing", "the feature store's URL is not usable"),
     ],
 )

@@ -707,9 +707,9 @@ def without(libraries: str, *arguments: str | Path) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     ("make", "library", "advice"),
     [
-        (sklearn_logistic_regression, "sklearn", "pip install 'phoenix-ml[convert]'"),
-        (sklearn_logistic_regression, "skl2onnx", "pip install 'phoenix-ml[convert]'"),
-        (lightgbm_binary_with_categories, "onnxmltools", "pip install 'phoenix-ml[convert]'"),
+        (sklearn_logistic_regression, "sklearn", "pip install scikit-learn skl2onnx onnxmltools"),
+        (sklearn_logistic_regression, "skl2onnx", "pip install scikit-learn skl2onnx onnxmltools"),
+        (lightgbm_binary_with_categories, "onnxmltools", "pip install scikit-learn skl2onnx onnxmltools"),
         (lightgbm_binary_with_categories, "lightgbm", "pip install lightgbm"),
         (xgboost_binary_json, "xgboost", "pip install xgboost"),
         (xgboost_estimator_pickled, "xgboost", "pip install xgboost"),

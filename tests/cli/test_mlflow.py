@@ -317,7 +317,7 @@ def test_mlflow_that_is_not_installed_is_named_with_its_extra(model: str) -> Non
     done = without("mlflow yaml", "models", "register", model, "--id", "m", "--version", "1.0.0")
 
     assert done.returncode == 1
-    assert "pip install 'phoenix-ml[mlflow]'" in done.stderr
+    assert "pip install mlflow-skinny" in done.stderr
     assert "Traceback" not in done.stderr
 
 

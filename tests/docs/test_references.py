@@ -14,6 +14,7 @@ import pytest
 from phoenix_ml.bootstrap import bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.cli import main
 from phoenix_ml.domain import errors
+from phoenix_ml.extras import LIBRARIES
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
@@ -236,6 +237,19 @@ def test_every_dependency_is_justified() -> None:
         assert row[-1], f"{row[0]} has no reason"
         listed.append(("", row[0]) if len(row) == 2 else (row[0], row[1].strip("`")))
     assert sorted(listed) == sorted(expected)
+
+
+def test_missing_libraries_are_named_as_the_extras_have_them() -> None:
+    """`pip install 'phoenix-ml[redis]'` would install a stranger's package from PyPI."""
+    extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra: [re.split("[<>=]", requirement)[0] for requirement in requirements]
+        for extra, requirements in extras.items()
+        if extra != "all"
+    }
+    assert {extra: list(libraries) for extra, libraries in LIBRARIES.items()} == named
+    pages = [_ROOT / "README.md", *_DOCS.rglob("*.md"), *(_ROOT / "src").rglob("*.py")]
+    assert [str(page) for page in pages if "phoenix-ml[" in page.read_text()] == []
 
 
 def test_decisions_are_numbered_without_a_gap() -> None:

@@ -274,5 +274,5 @@ def test_training_without_its_libraries_says_what_to_install(
     """Serving needs neither library, so their absence must surface as advice and only when training."""
     monkeypatch.setitem(sys.modules, missing, None)
 
-    with pytest.raises(ImportError, match=r"pip install 'phoenix-ml\[convert\]'"):
+    with pytest.raises(ImportError, match="pip install scikit-learn skl2onnx"):
         training.train(tmp_path)

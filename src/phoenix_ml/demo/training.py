@@ -20,6 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phoenix_ml.extras import install
+
 MODEL_NAME = "credit-risk"
 OUTCOME = "status"
 CLASS_LABELS = ("bad", "good")
@@ -141,8 +143,8 @@ def train(folder: Path, on_progress: Callable[[str], None] = _ignore) -> Trainin
         for module in ("sklearn", "skl2onnx"):
             importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = "training the demonstration models takes scikit-learn and skl2onnx: "
-        raise ImportError(message + "pip install 'phoenix-ml[convert]'") from error
+        message = f"training the demonstration models takes scikit-learn and skl2onnx: {install('convert')}"
+        raise ImportError(message) from error
 
     folder.mkdir(parents=True, exist_ok=True)
     data = load_credit_data()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from phoenix_ml.bootstrap import Phoenix
 from phoenix_ml.domain.errors import Misconfigured
+from phoenix_ml.extras import install
 from phoenix_ml.infrastructure.telemetry import catalogue
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter, clear
 from phoenix_ml.settings import UPLOAD_PREFIX, Settings, misspelt_variables
@@ -269,7 +270,7 @@ def _hold_grpc_port(settings: Settings) -> socket.socket:
     """
     if find_spec("grpc_reflection") is None:
         raise Misconfigured(
-            "PHOENIX_GRPC_PORT needs the extra grpc: pip install 'phoenix-ml[grpc]'",
+            f"PHOENIX_GRPC_PORT needs the libraries of gRPC: {install('grpc')}",
             setting="PHOENIX_GRPC_PORT",
         )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET

@@ -14,6 +14,7 @@ import msgspec
 from phoenix_ml.application.ports import Channel, Delivery, DeliveryFailed
 from phoenix_ml.application.reports import iso_time
 from phoenix_ml.domain.errors import EventsUnavailable, Misconfigured
+from phoenix_ml.extras import install
 from phoenix_ml.infrastructure.webhooks import request_within
 
 if TYPE_CHECKING:  # Kafka's library is an extra
@@ -189,9 +190,7 @@ class AppriseChannel:
         try:
             import apprise
         except ModuleNotFoundError as exc:
-            raise Misconfigured(
-                "PHOENIX_ALERTS: apprise+ needs its library: pip install 'phoenix-ml[alerts]'"
-            ) from exc
+            raise Misconfigured(f"PHOENIX_ALERTS: apprise+ needs its library: {install('alerts')}") from exc
         self._apprise = apprise.Apprise()
         # It logs a URL that it does not understand, with all that the URL keeps secret.
         apprise_log = logging.getLogger("apprise")

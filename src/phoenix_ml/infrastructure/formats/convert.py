@@ -12,6 +12,7 @@ from msgspec import structs
 from phoenix_ml.application.ports import Engines, ModelHints
 from phoenix_ml.domain.errors import InferenceFailed, InvalidField, ModelRefused, PhoenixError
 from phoenix_ml.domain.features import FeatureRule, FeatureType
+from phoenix_ml.extras import install
 from phoenix_ml.infrastructure.formats.parity import Conversion, Original, ask_onnx, compare
 from phoenix_ml.infrastructure.formats.sample import Sample, choose_features
 
@@ -140,9 +141,7 @@ def _check_libraries() -> None:
         for name in ("sklearn", "skl2onnx", "onnxmltools"):
             importlib.import_module(name)
     except ModuleNotFoundError as exc:
-        raise ModelRefused(
-            f"converting a model to ONNX takes {exc.name}: pip install 'phoenix-ml[convert]'"
-        ) from exc
+        raise ModelRefused(f"converting a model to ONNX takes {exc.name}: {install('convert')}") from exc
 
 
 def _open(path: Path) -> Original:

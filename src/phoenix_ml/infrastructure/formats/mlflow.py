@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from phoenix_ml.domain.errors import ModelRefused
+from phoenix_ml.extras import install
 
 SCHEME: Final = "models:/"
 # The flavours that can be taken, the first the soonest, and what each calls its file.
@@ -116,4 +117,4 @@ def _import_mlflow() -> Any:
 
 
 def _not_installed() -> ModelRefused:
-    return ModelRefused("models of MLflow take its library: pip install 'phoenix-ml[mlflow]'")
+    return ModelRefused(f"models of MLflow take its library: {install('mlflow')}")

@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, Misconfigured
+from phoenix_ml.extras import install
 from phoenix_ml.infrastructure.sql.schema import HEAD_REVISION, counters
 from phoenix_ml.infrastructure.sqlite import enter_wal_mode
 
@@ -80,7 +81,7 @@ class Database:
         try:
             self.engine = create_engine(parsed, pool_timeout=10, **options)
         except (ModuleNotFoundError, NoSuchModuleError) as exc:
-            raise Misconfigured("PostgreSQL needs its driver: pip install 'phoenix-ml[postgres]'") from exc
+            raise Misconfigured(f"PostgreSQL needs its driver: {install('postgres')}") from exc
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
