@@ -113,6 +113,10 @@ def test_demo_trains_serves_replays_and_reports_from_the_log(tmp_path: Path) -> 
     assert "1,336 answers" in shown
     assert "accuracy AUC" in shown
     assert "Where to look next" in shown
+    assert "/docs" not in shown  # nobody serves there any more
+    [listed] = [line for line in ended.stdout.splitlines() if "models list --data" in line]
+    again = subprocess.run(listed.split(), capture_output=True, text=True, timeout=60, check=False)
+    assert "1.1.0" in again.stdout, again.stderr
 
 
 def test_demo_is_the_same_whatever_the_settings_of_its_caller_are(tmp_path: Path) -> None:
@@ -129,17 +133,20 @@ def test_demo_is_the_same_whatever_the_settings_of_its_caller_are(tmp_path: Path
     }
     command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--exit", "--data", "demo"]
 
-    ended = subprocess.run(
-        [*command, "--port", str(free_port())],
-        env=os.environ | foreign,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    with socket.create_server(("127.0.0.1", 0)) as foreign_server:
+        port = foreign_server.getsockname()[1]
+        ended = subprocess.run(
+            [*command, "--port", str(port)],
+            env=os.environ | foreign,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
 
     assert ended.returncode == 0, ended.stderr
+    assert f"port {port} is in use, taking " in ended.stdout
     assert "1,336 answers" in " ".join(ended.stdout.split())
     assert (tmp_path / "demo" / "phoenix.db").exists()
     assert not (tmp_path / "foreign").exists()

@@ -29,3 +29,8 @@ def test_the_demo_heals_what_changed_and_leaves_what_is_broken(tmp_path: Path) -
     assert challenger > champion
     assert "credit-risk-b schema: income" in told
     assert "retrainings asked for: 0" in told
+    [routing] = re.findall(
+        r"^ +(\S*phoenix-ml models routing credit-risk 1.1.0 .*)$", ended.stdout, re.MULTILINE
+    )
+    typed = subprocess.run(routing.split(), check=False, capture_output=True, text=True, timeout=60)
+    assert "single" in typed.stdout, typed.stderr

@@ -21,6 +21,7 @@ from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.demo.show import (
     end_in_order,
     free_port,
+    point_on,
     renew,
     running_server,
     typed_command,
@@ -82,6 +83,10 @@ class Story:
 
     def say(self, words: str) -> None:
         self._console.print(f"[dim]day {self.day:2}[/]  {words}", highlight=False)
+
+    def quote(self, command: str) -> None:
+        """Shows a command in one piece, so that it can be copied."""
+        self._console.print(f"        {command}\n", highlight=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
         self._console.print(table)
@@ -157,11 +162,11 @@ def run_healing_demo(data: Path, port: int, exit_after: bool, console: Console |
     phoenix.database.upgrade_if_embedded()
     for model_id in (MODEL_NAME, OTHER_BANK):
         _register(phoenix, training, model_id)
-    with running_server(phoenix, free_port(port), console) as url:
+    with running_server(phoenix, free_port(port, console), console) as url:
         story = Story(console, phoenix)
-        _act_one(story, phoenix, training.data, url)
+        _act_one(story, phoenix, training.data, url, data)
         _act_two(story, phoenix, training.data, url)
-        _point_on(console, url, data)
+        _point_on(console, None if exit_after else url, data)
         if not exit_after:
             console.print("\nStill serving. [bold]Ctrl-C[/] stops it.")
             wait_for_interrupt()
@@ -180,7 +185,7 @@ def _register(phoenix: Phoenix, training: Training, model_id: str) -> None:
     phoenix.monitoring.change_settings(model_id, wanted, "demo")
 
 
-def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None:
+def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str, folder: Path) -> None:
     story.say(
         f"{MODEL_NAME} 1.0.0 answers, {APPLICANTS_A_DAY} applicants a day; outcomes come in the evening"
     )
@@ -214,9 +219,8 @@ def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None
     query = PredictionQuery(MODEL_NAME, since_ms=since_ms, limit=_DAYS_BESIDE * APPLICANTS_A_DAY)
     rows, _ = phoenix.prediction_log.page(query)
     story.show(version_table(rows))
-    story.say(
-        f"a person decides who stays, such as by: {typed_command()} models routing {MODEL_NAME} 1.1.0\n"
-    )
+    story.say("a person decides who stays, such as by:")
+    story.quote(f"{typed_command()} models routing {MODEL_NAME} 1.1.0 --data {folder}")
 
 
 def _act_two(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None:
@@ -257,14 +261,13 @@ def _await(condition: Any, story: Story) -> None:
     story.look()
 
 
-def _point_on(console: Console, url: str, data: Path) -> None:
-    console.print("\n[bold]Where to look next[/]")
+def _point_on(console: Console, url: str | None, data: Path) -> None:
     phoenix_ml = typed_command()
-    for command in (
+    point_on(
+        console,
         f"{phoenix_ml} incidents list --data {data}",
         f"{phoenix_ml} drift check {MODEL_NAME} --html drift.html --data {data}",
         f"{phoenix_ml} heal status --data {data}",
         f"{phoenix_ml} models routing {MODEL_NAME} --data {data}",
-        f"curl {url}/alerts",
-    ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        f"{phoenix_ml} serve --data {data}" if url is None else f"curl {url}/alerts",
+    )

@@ -69,12 +69,12 @@ def run_demo(data: Path, port: int, exit_after: bool, console: Console | None = 
         "registered [bold]1.0.0[/] (champion) and [bold]1.1.0[/] (challenger), half of the traffic each"
     )
     console.print(f"loaded the features of [bold]{loaded:,}[/] applicants, cust_0001 …")
-    with running_server(phoenix, free_port(port), console) as url:
+    with running_server(phoenix, free_port(port, console), console) as url:
         replayed = asyncio.run(_replay(url, training.data, console))
         asyncio.run(_send_outcomes(url, training.data, replayed))
         rows = _await_log(phoenix, len(replayed.predictions))
         _report(console, training.data, replayed, rows)
-        _point_on(console, url, data, rows[0])
+        _point_on(console, None if exit_after else url, data, rows[0])
         if not exit_after:
             console.print("\nStill serving. [bold]Ctrl-C[/] stops it.")
             wait_for_interrupt()
@@ -138,8 +138,8 @@ async def _load_features(phoenix: Phoenix, training: Training) -> int:
         await store.close()
 
 
-def free_port(wanted: int) -> int:
-    """The wanted port, or any free one where another program has it."""
+def free_port(wanted: int, console: Console) -> int:
+    """The wanted port, or any free one where another program has it, which is said."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -147,7 +147,10 @@ def free_port(wanted: int) -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            taken = int(probe.getsockname()[1])
+            if wanted not in (0, taken):
+                console.print(f"port {wanted} is in use, taking {taken}", highlight=False)
+            return taken
     raise Misconfigured("no TCP port is free")
 
 
@@ -285,25 +288,40 @@ def _report(console: Console, data: CreditData, replayed: Replayed, rows: list[L
         console.print(f"  {name:20} p50 {p50:6.2f} ms   p99 {p99:6.2f} ms")
 
 
-def _point_on(console: Console, url: str, data: Path, row: LoggedPrediction) -> None:
-    console.print("\n[bold]Where to look next[/]")
+def _point_on(console: Console, url: str | None, data: Path, row: LoggedPrediction) -> None:
     phoenix_ml = typed_command()
-    for command in (
-        f"open {url}/docs",
-        f"curl {url}/metrics",
-        f"{phoenix_ml} predict {MODEL_NAME} --entity cust_0042 --url {url}",
+    served = (
+        ()
+        if url is None
+        else (
+            f"open {url}/docs",
+            f"curl {url}/metrics",
+            f"{phoenix_ml} predict {MODEL_NAME} --entity cust_0042 --url {url}",
+        )
+    )
+    point_on(
+        console,
+        *served,
         f"{phoenix_ml} predictions show {row.id} --data {data}",
         f"{phoenix_ml} models list --data {data}",
         f"{phoenix_ml} models routing {MODEL_NAME} 1.0.0=90 1.1.0=10 --strategy canary --data {data}",
-    ):
+        *(() if served else (f"{phoenix_ml} serve --data {data}",)),
+    )
+
+
+def point_on(console: Console, *commands: str) -> None:
+    """Prints what to type next; what needs the server is for as long as it serves on."""
+    console.print("\n[bold]Where to look next[/]")
+    for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
 def typed_command() -> str:
     """How a person types our command here: `make demo` does not put its virtual environment on the PATH."""
-    if shutil.which("phoenix-ml"):
-        return "phoenix-ml"
-    return os.path.relpath(Path(sys.executable).with_name("phoenix-ml"))
+    own = Path(sys.executable).with_name("phoenix-ml")
+    found = shutil.which("phoenix-ml")
+    # Another one may be on the PATH: of another installation, or of another program.
+    return "phoenix-ml" if found is not None and Path(found).absolute() == own else os.path.relpath(own)
 
 
 def wait_for_interrupt() -> None:
