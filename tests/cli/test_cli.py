@@ -90,6 +90,15 @@ def fails(done: Result, code: str) -> str:
     return found[2]
 
 
+def test_an_error_is_one_line_however_narrow_the_terminal_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs read it line by line, from files too."""
+    monkeypatch.setenv("COLUMNS", "40")
+
+    assert len(fails(run("models", "show", "a-model-with-a-long-name", code=1), "model_unknown")) > 40
+
+
 def test_the_options_of_rich_output_do_not_reach_json(run: Run, model: Path) -> None:
     """A script parses what --json prints, whatever the terminal."""
     printed = run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--json").stdout
@@ -182,6 +191,10 @@ def test_every_command_that_prints_data_takes_json(path: tuple[str, ...]) -> Non
         ["work", "dance"],
         ["work"],
         ["serve", "--port", "many"],
+        ["serve", "--port", "65536"],
+        ["serve", "--grpc-port", "-2"],
+        ["work", "log", "--metrics-port", "99999"],
+        ["demo", "--port", "99999"],
         ["predict"],
         ["predict", "m", "--feature", "X_0"],
     ],

@@ -21,7 +21,6 @@ from phoenix_ml.application.statistics.baseline import (
     write_reference,
 )
 from phoenix_ml.application.statistics.design_effect import short_reference_note
-from phoenix_ml.domain.baselines import Baseline
 from phoenix_ml.domain.errors import (
     FeatureInvalid,
     InferenceFailed,

@@ -182,6 +182,7 @@ def score_file(
                     f"[yellow]{recorder.rows:,} rows are on record, and no output is written:[/] run the same command "
                     "again, and the others follow",
                     highlight=False,
+                    soft_wrap=True,
                 )
             raise
         seconds = time.monotonic() - began_at

@@ -34,7 +34,7 @@ class PhoenixGroup(click.Group):
             return super().invoke(ctx)
         except PhoenixError as exc:
             err.print(f"[bold red]error[/] [dim]{exc.code}[/] ", end="")
-            err.print(exc.message, markup=False, highlight=False)
+            err.print(exc.message, markup=False, highlight=False, soft_wrap=True)
             ctx.exit(1)
 
 
@@ -71,13 +71,7 @@ def main(ctx: click.Context) -> None:
     ctx.call_on_close(lambda: os.umask(users_own))
     if ctx.invoked_subcommand not in ("serve", "doctor"):  # they say it in their own way
         for name, near in misspelt_variables(os.environ).items():
-            warn(f"{name} is not a setting and is ignored: is {near} meant?")
-
-
-def warn(message: str) -> None:
-    """Says it on standard error, in one line."""
-    err.print("[yellow]warning[/] ", end="")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+            say("warning", f"{name} is not a setting and is ignored: is {near} meant?")
 
 
 @contextmanager
@@ -97,6 +91,12 @@ def actor() -> str:
         return f"cli {getpass.getuser()}"
     except (KeyError, OSError):  # a container may run under a user id without a name
         return "cli"
+
+
+def say(kind: str, message: str) -> None:
+    """One line on standard error, however long it is: what is no error, but should be known."""
+    err.print(f"[yellow]{kind}[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_json(content: Any) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from phoenix_ml.cli.common import (
     opened,
     parse_value,
     run_async,
+    say,
     show_json,
 )
 from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, PhoenixError
@@ -90,7 +90,7 @@ def signatures_to_pack(data: Path | None) -> Sequence["PackedSignature"]:
         with opened(data) as phoenix:
             return packed_signatures(phoenix.registry.list_versions())
     except DatabaseUnavailable as exc:
-        err.print(f"[yellow]features are stored, but no rows are packed:[/] {escape(exc.message)}")
+        say("warning", f"features are stored, but no rows are packed: {exc.message}")
         return ()
 
 

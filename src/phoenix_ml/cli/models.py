@@ -20,8 +20,8 @@ from phoenix_ml.cli.common import (
     main,
     opened,
     print_wide,
+    say,
     show_json,
-    warn,
 )
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import (
@@ -146,12 +146,12 @@ def models_register(
             if task is not None:
                 raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
             if check_trust(path, trust):
-                warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
+                say("warning", f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
             left_out = [name for name in (time, outcome) if name is not None]
             wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
             path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
             for note in conversion.notes:
-                warn(note)
+                say("warning", note)
         elif sample is not None or trust:
             raise click.UsageError(
                 f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
@@ -171,8 +171,7 @@ def models_register(
             )
     notes = notes_on(registered.metadata)
     for note in notes:
-        err.print("[yellow]note[/] ", end="")
-        err.print(note, markup=False, highlight=False)
+        say("note", note)
     if as_json:
         told = {"notes": notes} if conversion is None else {"notes": notes, "conversion": conversion}
         show_json(describe_version(registered) | told)

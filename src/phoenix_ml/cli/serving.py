@@ -13,11 +13,17 @@ from phoenix_ml.bootstrap import bootstrap
 from phoenix_ml.cli.common import data_option, err, example, json_option, main, opened, show_json
 from phoenix_ml.settings import load_settings
 
+PORT = click.IntRange(0, 65535)
+
 
 @main.command()
 @click.option("--host", help="Address to listen on.")
-@click.option("--port", type=int, help="TCP port; 0 takes a free one.")
-@click.option("--grpc-port", type=int, help="TCP port of gRPC; 0 takes a free one, -1 serves none.")
+@click.option("--port", type=PORT, help="TCP port; 0 takes a free one.")
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(-1, 65535),
+    help="TCP port of gRPC; 0 takes a free one, -1 serves none.",
+)
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
@@ -37,9 +43,8 @@ def serve(**flags: Any) -> None:
 
     def announce(url: str, grpc_address: str | None) -> None:
         also = "" if grpc_address is None else f"   gRPC {grpc_address}"
-        err.print(
-            f"Phoenix ML {__version__} serves [bold]{url}[/]   docs {url}/docs   metrics {url}/metrics{also}"
-        )
+        served = f"[bold]{url}[/]   docs {url}/docs   metrics {url}/metrics{also}"
+        err.print(f"Phoenix ML {__version__} serves {served}", soft_wrap=True)
         err.print("[dim]Ctrl-C stops it.[/]")
 
     sys.exit(supervise(bootstrap(settings), announce))
@@ -49,7 +54,7 @@ def serve(**flags: Any) -> None:
 @click.argument(
     "roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor", "alert", "heal"])
 )
-@click.option("--metrics-port", type=int, help="Serve /metrics and /health/live on this port.")
+@click.option("--metrics-port", type=PORT, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
 def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) -> None:
@@ -117,7 +122,7 @@ def doctor(data: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--port", type=int, default=8000, show_default=True)
+@click.option("--port", type=PORT, default=8000, show_default=True)
 @click.option("--exit", "exit_after", is_flag=True, help="End after the report instead of serving on.")
 @click.option("--healing", is_flag=True, help="Another story: applicants change, and the model is healed.")
 @click.option(
