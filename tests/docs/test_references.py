@@ -9,15 +9,18 @@ from typing import Any
 
 import click
 import httpx
+import msgspec
 import pytest
 
 from phoenix_ml.bootstrap import bootstrap, bootstrap_infer, bootstrap_predict, open_features
 from phoenix_ml.cli import main
 from phoenix_ml.domain import errors
+from phoenix_ml.domain.predictions import PredictionRequest
 from phoenix_ml.extras import LIBRARIES
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.http.app import build_app
 from phoenix_ml.infrastructure.http.calls import PredictionCalls
+from phoenix_ml.infrastructure.http.codec import AnswerBody
 from phoenix_ml.infrastructure.http.errors import status_of
 from phoenix_ml.infrastructure.http.infer import InferCalls
 from phoenix_ml.infrastructure.telemetry.catalogue import CATALOGUE
@@ -190,6 +193,35 @@ def test_the_http_page_has_every_route(openapi: dict[str, Any]) -> None:
     sections = re.findall(r"^### `([^`]+)`$", _read("reference/http-api.md"), re.MULTILINE)
     assert set(sections) == routes
     assert len(sections) == len(routes)
+
+
+def test_openapi_says_how_calls_are_answered_and_refused(openapi: dict[str, Any]) -> None:
+    """Clients are generated from it: FastAPI alone would say texts, and errors of a form that we never send."""
+    predict = openapi["paths"]["/predict"]["post"]
+    request = predict["requestBody"]["content"]["application/json"]
+    schemas = openapi["components"]["schemas"]
+    answered = _schema_of(predict["responses"]["200"], schemas)
+    assert set(answered["properties"]) == set(AnswerBody.__struct_fields__)
+    assert set(request["schema"]["properties"]) == set(PredictionRequest.__struct_fields__)
+    assert msgspec.convert(request["example"], PredictionRequest).entity_id == "cust_0001"
+    refused = _schema_of(predict["responses"]["4XX"], schemas)
+    assert refused["properties"] == {"error": {"$ref": "#/components/schemas/Problem"}}
+    assert set(schemas["Problem"]["properties"]) == {"code", "message", "details"}
+    assert "HTTPValidationError" not in msgspec.json.encode(openapi).decode()
+    assert "pinned" not in str(openapi["paths"]["/models/{model_id}/routing"]["put"])
+    for path, item in openapi["paths"].items():
+        for operation in item.values():
+            assert {"4XX", "5XX"} < set(operation["responses"]), path
+            for response in operation["responses"].values():
+                assert _schema_of(response, schemas)["type"] in ("object", "string"), path
+            assert operation["summary"].endswith("."), path
+
+
+def _schema_of(response: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    [content] = response["content"].values()
+    name = content["schema"].get("$ref", "").removeprefix("#/components/schemas/")
+    found: dict[str, Any] = schemas[name] if name else content["schema"]
+    return found
 
 
 def test_the_http_page_names_every_field_of_a_request(openapi: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ from phoenix_ml.infrastructure.http.infer import INFER_PATH, InferCalls, encode_
 from phoenix_ml.infrastructure.http.models import model_routes
 from phoenix_ml.infrastructure.http.monitoring import monitoring_routes
 from phoenix_ml.infrastructure.http.open_inference import inference_routes
+from phoenix_ml.infrastructure.http.openapi import describe_api
 from phoenix_ml.infrastructure.http.origins import browser_check
 from phoenix_ml.infrastructure.http.records import record_routes
 from phoenix_ml.infrastructure.http.retraining import retraining_routes
@@ -126,6 +127,7 @@ def explored_app(
     ):
         app.include_router(router, dependencies=[Depends(_refuse_unknown_parameters)])
     app.include_router(inference_routes(phoenix, live))
+    describe_api(app)
 
     @app.middleware("http")
     async def name_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

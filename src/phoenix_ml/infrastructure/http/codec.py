@@ -68,8 +68,9 @@ def _has_nul(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_nul, value))
 
 
+# As a dict it would cost 0.4 µs more.
 class AnswerBody(msgspec.Struct, gc=False):
-    """The JSON of an answer. As a dict it would cost 0.4 µs more."""
+    """One prediction, which is on record. Confidence and probabilities are None where the model gives none."""
 
     prediction_id: str
     model_id: str

@@ -45,8 +45,9 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
 
     @router.post("/monitoring/{model_id}/drift/check", status_code=202)
     def check_drift(model_id: str) -> Response:
-        """Asks the monitor for a report at once, and answers the latest there is: the new one is the one that
-        `GET /monitoring/{model_id}/drift` shows with a later `created_at` than `requested_at`.
+        """Asks the monitor for a report at once, and answers the latest there is.
+
+        The new one is that which `GET /monitoring/{model_id}/drift` shows with a later `created_at` than `requested_at`.
         """
         registry.list_versions(model_id)
         at_ms = time.time_ns() // 1_000_000

@@ -53,7 +53,7 @@ class InferBody(Struct):
     outputs: list[_Output] | None = None
 
 
-class _Answered(Struct, omit_defaults=True):
+class InferOutput(Struct, omit_defaults=True):
     name: str
     datatype: str
     shape: list[int]
@@ -61,12 +61,14 @@ class _Answered(Struct, omit_defaults=True):
     parameters: dict[str, int] | None = None
 
 
-class _Answer(Struct, omit_defaults=True):
+class InferAnswer(Struct, omit_defaults=True):
+    """The outputs; `parameters` has the role, the prediction's id and the device."""
+
     model_name: str
     model_version: str
     id: str
     parameters: dict[str, str]
-    outputs: list[_Answered]
+    outputs: list[InferOutput]
 
 
 _decode_body = msgspec.json.Decoder(InferBody).decode
@@ -228,11 +230,13 @@ def encode_inferred(answer: Inferred, wanted: Wanted) -> tuple[bytes, int | None
         if wanted.binary_of.get(name, wanted.binary) or tensor.datatype == "BF16":
             data = encode_raw(tensor)
             raw.append(data)
-            outputs.append(_Answered(name, tensor.datatype, shape, None, {"binary_data_size": len(data)}))
+            outputs.append(InferOutput(name, tensor.datatype, shape, None, {"binary_data_size": len(data)}))
         else:
-            outputs.append(_Answered(name, tensor.datatype, shape, tensor.elements))
+            outputs.append(InferOutput(name, tensor.datatype, shape, tensor.elements))
     parameters = answer_parameters(answer, wanted.prediction_ids)
-    head = encode_json(_Answer(answer.model_id, answer.model_version, answer.request_id, parameters, outputs))
+    head = encode_json(
+        InferAnswer(answer.model_id, answer.model_version, answer.request_id, parameters, outputs)
+    )
     if not raw:
         return head, None
     return b"".join((head, *raw)), len(head)
