@@ -270,6 +270,30 @@ def test_a_reference_set_becomes_the_baseline(http: Lane, artifact: bytes) -> No
     assert shown["baseline"]
 
 
+def test_an_upload_may_say_which_columns_hold_the_outcome_and_the_time(http: Lane, artifact: bytes) -> None:
+    """What the command line can register, another machine can: without outcomes there is no quality to compare with."""
+    model_id = unique("ref")
+    rows = b"a,b,c,y,at\n" + b"".join(b"%d,0,0,%d,%d\n" % (n, n + 2, n) for n in range(200))
+    said: dict[str, Any] = {
+        "id": model_id,
+        "version": "1.0.0",
+        "features": CONTRACT,
+        "outcome": "y",
+        "time": "at",
+    }
+
+    refused(upload(http, artifact, **said), 422, "invalid_field")
+    refused(
+        upload(http, artifact, reference=("t.csv", rows), **said | {"time": "when"}), 422, "invalid_field"
+    )
+    registered = ok(upload(http, artifact, reference=("train.csv", rows), **said), 201)
+    shown = ok(http.request("GET", f"/models/{model_id}/versions/1.0.0", params={"baseline": True}))
+
+    assert registered["notes"] == []
+    assert shown["baseline"]["quality"]["mae"] == pytest.approx(2.0)
+    assert shown["baseline"]["is_time_ordered"]
+
+
 def test_a_reference_set_that_is_no_table_is_refused(http: Lane, artifact: bytes) -> None:
     """The model would be registered without what it is to be watched with."""
     for name, content in (("train.txt", b"a,b,c\n"), ("train.parquet", b"no parquet"), ("train.csv", b"")):

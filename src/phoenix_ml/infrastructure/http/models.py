@@ -38,6 +38,13 @@ class StageChange(msgspec.Struct, forbid_unknown_fields=True):
     stage: Stage
 
 
+class Upload(Registration, frozen=True, forbid_unknown_fields=True):
+    """What is said of an uploaded version: ``time`` and ``outcome`` name columns of its reference."""
+
+    time: str | None = None
+    outcome: str | None = None
+
+
 def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     """The catalogue's routes in one API process."""
     router = APIRouter(tags=["models"])
@@ -79,7 +86,8 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
                                 "artifact": {"type": "string", "format": "binary"},
                                 "model": {
                                     "type": "string",
-                                    "description": 'JSON: {"id", "version", "stage"?, "features"?, "task"?}',
+                                    "description": "JSON: id and version; optionally stage, features, task, framework, "
+                                    "and outcome and time, which name columns of the reference.",
                                 },
                                 "reference": {
                                     "type": "string",
@@ -108,9 +116,14 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
                         "send the multipart part 'model': JSON with id and version", field="model"
                     )
                 text = await model.read() if isinstance(model, UploadFile) else model.encode()
-                registration = decode_json(text, Registration)
+                registration = decode_json(text, Upload)
                 if isinstance(reference, str):
                     raise InvalidField("send 'reference' as a file, .csv or .parquet", field="reference")
+                if reference is None and (registration.time or registration.outcome):
+                    raise InvalidField(
+                        "'time' and 'outcome' name columns of the part 'reference', which was not sent",
+                        field="reference",
+                    )
                 version = await run_in_threadpool(
                     _register_upload, phoenix, registration, artifact, reference, name_caller(request.scope)
                 )
@@ -195,7 +208,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
 
 def _register_upload(
     phoenix: Phoenix,
-    registration: Registration,
+    registration: Upload,
     artifact: UploadFile,
     reference: UploadFile | None,
     actor: str,
@@ -203,11 +216,12 @@ def _register_upload(
     phoenix.settings.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix=UPLOAD_PREFIX) as folder:
         path = save_upload(artifact, Path(folder) / "artifact.onnx")
-        columns = None
+        compared = None
         if reference is not None:
             # What a caller names a file is not put into a path: it may hold anything.
             suffix = next((s for s in (".csv", ".parquet") if str(reference.filename).endswith(s)), "")
             columns = read_columns(save_upload(reference, Path(folder) / f"reference{suffix}"))
+            compared = Reference(columns, registration.time, registration.outcome)
         return register(
             phoenix.registry,
             phoenix.artifacts,
@@ -215,7 +229,7 @@ def _register_upload(
             path,
             registration,
             actor=actor,
-            reference=None if columns is None else Reference(columns),
+            reference=compared,
         )
 
 
