@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
+import msgspec
 import uvloop
 from msgspec import Struct
 
@@ -28,12 +29,16 @@ _END_OF_HEAD = b"\r\n\r\n"
 
 
 class Load(NamedTuple):
-    """What one run measured: answers, wall seconds, sorted latencies in ms, and what failed, by what it was."""
+    """What one run measured: answers, wall seconds, sorted latencies in ms, and what failed, by what it was.
+
+    ``refusal`` are the code and the message of the first answer that was an error, as far as it had them.
+    """
 
     requests: int
     seconds: float
     latencies_ms: list[float]
     errors: Counter[str]
+    refusal: str = ""
 
     @property
     def failures(self) -> int:
@@ -138,6 +143,7 @@ class Run(Struct, frozen=True):
     p95_ms: float | None
     p99_ms: float | None
     errors: dict[str, int]
+    refusal: str
     cpu_us_per_request: float | None
     cpu_processes: int
 
@@ -163,6 +169,7 @@ def run_on(
         p95_ms=p95,
         p99_ms=p99,
         errors=dict(load.errors),
+        refusal=load.refusal,
         cpu_us_per_request=round(spent / load.requests * 1e6, 1) if is_known else None,
         cpu_processes=len(pids),
     )
@@ -229,6 +236,7 @@ class _Tally:
     def __init__(self) -> None:
         self.latencies_s: list[float] = []
         self.errors: Counter[str] = Counter()
+        self.refusal = ""
         self.last_at = 0.0
 
 
@@ -267,6 +275,7 @@ class _Connection(asyncio.Protocol):
         tally.last_at = now
         if data[9:10] != b"2":
             tally.errors[f"status {data[9:12].decode(errors='replace')}"] += 1
+            tally.refusal = tally.refusal or _read_refusal(data[len(head) + len(_END_OF_HEAD) :])
         if b"\r\nconnection: close" in head:
             self.close()
         elif not self._transport.is_closing():
@@ -292,6 +301,15 @@ class _Connection(asyncio.Protocol):
             self._since = None
             self._tally.errors["no answer in time"] += 1
         self._transport.abort()
+
+
+def _read_refusal(body: bytes) -> str:
+    """Code and message of an error of ours; empty for any other."""
+    try:
+        error = msgspec.json.decode(body)["error"]
+        return f"{error['code']} {error['message']}"
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
+        return ""
 
 
 def _is_whole(data: bytes, head: bytes) -> bool:
@@ -345,7 +363,7 @@ async def _run(
     latencies_ms = sorted(latency * 1000 for latency in tally.latencies_s)
     # A server that is too slow for the rate is still answering when no more requests are due.
     took = max(tally.last_at, until) - begun
-    return Load(len(latencies_ms), took, latencies_ms, tally.errors)
+    return Load(len(latencies_ms), took, latencies_ms, tally.errors, tally.refusal)
 
 
 def _keep_pace(

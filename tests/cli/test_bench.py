@@ -183,6 +183,17 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert bench("http://127.0.0.1:1", "m", *arguments).exit_code == 2
 
 
+def test_the_first_error_is_shown_in_words(server: PhoenixServer, tmp_path: Path) -> None:
+    """A status says what kind of error it was, and not which row of a file has no value."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b,c\n1,2,3\n4,,6\n")
+    done = bench(server.url, "abc", "--features", str(rows), "--connections", "1", "--seconds", "0.2")
+
+    assert done.exit_code == 1
+    assert "× status 422" in done.stdout
+    assert "the first error: feature_missing feature 'b' is required" in done.stdout
+
+
 # On servers that behave badly.
 
 
@@ -281,13 +292,14 @@ def test_a_connection_that_the_server_ends_is_made_anew() -> None:
 
 def test_what_fails_is_counted_by_what_it_was() -> None:
     """Half of the requests are refused, and a part of the others gets no answer at all."""
-    busy = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+    busy = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}"
     with bad_server(lambda number: [busy, ok(), busy, None][number % 4]) as target:
         found = load(target, connections=1)
 
     assert set(found.errors) == {"status 503", "the connection was closed before the answer"}
     assert found.failures == found.errors.total()
     assert 0 < found.errors["status 503"] < found.requests
+    assert found.refusal == ""
 
 
 def test_a_server_that_never_answers_ends_the_load_nevertheless() -> None:

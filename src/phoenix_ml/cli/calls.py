@@ -267,6 +267,8 @@ def bench(
         Console().print(table)
         for error, count in sum((Counter(run.errors) for run in runs), Counter()).items():
             click.echo(f"{count} × {error}")
+        if refusal := next((run.refusal for run in runs if run.refusal), ""):
+            click.echo(f"the first error: {refusal}")
         processes = runs[0].cpu_processes
         click.echo(
             f"CPU: of the {processes} processes that hold port {target.port}, without the background process"
