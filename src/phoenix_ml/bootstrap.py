@@ -151,6 +151,12 @@ def open_features(settings: Settings, deadline_ms: float | None = None) -> Featu
         make_data_folder(settings)
         return SqliteFeatures(settings.data / "features.db")
     if _scheme(url) in _REDIS:
+        if not url.startswith(f"{_scheme(url)}://"):
+            place = "/FILE" if _scheme(url) == "unix" else "HOST:PORT"
+            raise Misconfigured(
+                f"PHOENIX_FEATURES: write {_scheme(url)}://{place}, with two slashes",
+                setting="PHOENIX_FEATURES",
+            )
         try:
             from phoenix_ml.infrastructure.features.redis import RedisFeatures
         except ModuleNotFoundError as exc:

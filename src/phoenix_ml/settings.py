@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -181,6 +181,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or plain text.")
 
+    @field_validator("data", "host", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        # An empty folder would be the current one, and an empty host any.
+        if value == "":
+            raise ValueError("it is empty; leave it out for the default")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -285,7 +293,7 @@ class _FixedSettings(Settings):
 def _problem(error: ErrorDetails) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"PHOENIX_{name.upper()}: {error['msg']}"
+        return f"PHOENIX_{name.upper()}: {error['msg'].removeprefix('Value error, ')}"
     # Only the file can name one: of the environment no others are read, and flags are ours.
     near = get_close_matches(name.lower().removeprefix("phoenix_"), Settings.model_fields)
     advice = f"did you mean {' or '.join(near)}?" if near else "remove it, or comment it out"

@@ -195,6 +195,10 @@ def test_every_command_that_prints_data_takes_json(path: tuple[str, ...]) -> Non
         ["serve", "--grpc-port", "-2"],
         ["work", "log", "--metrics-port", "99999"],
         ["demo", "--port", "99999"],
+        ["models", "list", "--data", ""],
+        ["models", "routing", "m", "--strategy", "canary"],
+        ["models", "routing", "m", "--salt", "s"],
+        ["models", "routing", "m", "1.0.0", "--clear"],
         ["predict"],
         ["predict", "m", "--feature", "X_0"],
     ],
@@ -213,6 +217,9 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(arguments: list[str]) -
     [
         ({"PHOENIX_PORT": "many"}, "PHOENIX_PORT"),
         ({"PHOENIX_WORKERS": "0"}, "PHOENIX_WORKERS"),
+        ({"PHOENIX_HOST": ""}, "PHOENIX_HOST: it is empty"),
+        ({"PHOENIX_FEATURES": "redis:/127.0.0.1"}, "write redis://HOST:PORT"),
+        ({"PHOENIX_DATABASE": "sqlite://file.db"}, "sqlite:///FILE"),
         ({"PHOENIX_DATABASE": "mysql://x"}, "sqlite, postgresql"),
         ({"PHOENIX_DATABASE": "nonsense"}, "PHOENIX_DATABASE"),
         ({"PHOENIX_FEATURES": "memcached://x"}, "sqlite:, redis://"),
@@ -233,6 +240,47 @@ def test_a_setting_that_is_wrong_is_named_with_what_would_be_right(
     verb = ["features", "get", "e"] if "PHOENIX_FEATURES" in settings else ["models", "list"]
 
     assert named in fails(run(*verb, code=1), "misconfigured")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["models", "list"],
+        ["models", "show", "m"],
+        ["models", "activate", "m", "1.0.0"],
+        ["models", "monitoring", "m"],
+        ["predictions", "list"],
+        ["predictions", "list", "--model", "m"],
+        ["drift", "show", "m"],
+        ["heal", "status"],
+        ["features", "get", "e"],
+        ["events", "dead", "list"],
+    ],
+    ids=" ".join,
+)
+def test_who_looks_in_the_wrong_folder_hears_of_it_and_leaves_nothing_there(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    """An empty list says that there is nothing, and an empty folder that there was something once."""
+    done = CliRunner().invoke(main, arguments)
+
+    assert list(tmp_path.iterdir()) == []
+    if done.exit_code:
+        assert fails(done, "entity_unknown" if "get" in arguments else "model_unknown").endswith(
+            "; looked in phoenix-data of this folder (--data or PHOENIX_DATA say where)"
+        )
+    elif arguments == ["models", "list"]:
+        assert "no model is registered yet in phoenix-data of this folder" in done.stdout
+
+
+def test_an_empty_variable_names_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A script's unset variable would have everything written into the current folder."""
+    monkeypatch.setenv("PHOENIX_DATA", "")
+
+    done = CliRunner().invoke(main, ["features", "put", "e", "a=1"])
+
+    assert fails(done, "misconfigured") == "PHOENIX_DATA: it is empty; leave it out for the default"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -383,6 +431,7 @@ def test_a_model_lives_its_life_on_the_command_line(run: Run, model: Path, tmp_p
     activated = run("models", "activate", "m", "1.1.0", "--json")
     staged = run("models", "stage", "m", "1.1.0", "prod", "--json")
     listed = run("models", "list", "--json")
+    table = run("models", "list")
     shown = run("models", "show", "m", "1.0.0", "--baseline", "--json")
     both = run("models", "show", "m", "--json")
     default = run("models", "routing", "m", "--json")
@@ -392,13 +441,16 @@ def test_a_model_lives_its_life_on_the_command_line(run: Run, model: Path, tmp_p
     refused = run("models", "deactivate", "m", "1.1.0", code=1)
     cleared = run("models", "routing", "m", "--clear", "--json")
     deactivated = run("models", "deactivate", "m", "1.1.0", "--json")
+    in_words = run("models", "activate", "m", "1.1.0")
 
     assert json.loads(first.stdout)["is_active"]
     assert json.loads(first.stdout)["has_baseline"]
     assert json.loads(first.stdout)["features"]["b"]["default"] is None
     assert json.loads(activated.stdout)["is_active"]
+    assert in_words.stdout == "m 1.1.0  prod  active\n"
     assert json.loads(staged.stdout)["stage"] == "prod"
     assert [one["version"] for one in json.loads(listed.stdout)] == ["1.0.0", "1.1.0"]
+    assert re.findall(r"m +(\S+) .* champion \(default\)", table.stdout) == ["1.1.0"]
     assert json.loads(shown.stdout)["baseline"]
     assert [one["version"] for one in json.loads(both.stdout)] == ["1.0.0", "1.1.0"]
     assert json.loads(default.stdout)["is_default"]
@@ -647,6 +699,22 @@ def test_features_are_stored_while_the_database_is_down(run: Run, monkeypatch: p
     assert json.loads(run("features", "get", "e", "--json").stdout)["features"] == {"a": 1}
 
 
+def test_features_that_no_active_model_takes_are_pointed_out(run: Run, model: Path, tmp_path: Path) -> None:
+    """They may be for a model to come; misspelt, they would be missed at each prediction."""
+    file = tmp_path / "table.csv"
+    file.write_text("id,x_0,x_O1,colour\n7,1.5,2,red\n")
+
+    before = run("features", "load", str(file), "--entity", "id")
+    run("models", "register", str(model), "--id", "m", "--version", "1.0.0", "--activate")
+    after = run("features", "load", str(file), "--entity", "id")
+    put = run("features", "put", "7", "x_0=1")
+
+    assert "note" not in before.stderr
+    assert "note no active model takes x_O1 (is x_1 meant?), colour" in after.stderr
+    assert put.stdout == "1 feature of 7 written\n"
+    assert "note" not in put.stderr
+
+
 def test_numbers_name_entities_too(run: Run, tmp_path: Path) -> None:
     """Most systems number their customers."""
     file = tmp_path / "table.csv"
@@ -727,7 +795,7 @@ def test_a_doctor_who_finds_nothing_says_what_was_looked_at(run: Run, model: Pat
     assert all(finding["ok"] for finding in found)
     by_check = {finding["check"]: finding["found"] for finding in found}
     assert set(by_check) >= {"python", "data folder", "onnx runtime", "feature store", "database", "models"}
-    assert by_check["models"] == "1 versions are registered, 1 active, all of those load"
+    assert by_check["models"] == "registered versions: 1; active: 1, all of those load"
     assert "failed" not in table
 
 

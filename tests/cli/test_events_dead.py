@@ -87,7 +87,7 @@ def test_without_letters_a_person_is_told_so(run: Run, road: Road) -> None:
 
     assert listed == "there are no dead letters\n"
     assert json.loads(as_json) == {"items": []}
-    assert requeued == "0 events are on their way to the log again\n"
+    assert requeued == "0 events on the way to the log again\n"
 
 
 def test_a_person_reads_when_where_what_and_why(run: Run, road: Road) -> None:
@@ -127,7 +127,7 @@ def test_requeue_says_how_many_and_the_list_is_shorter_by_them(run: Run, road: R
     left = json.loads(run("events", "dead", "list", "--json").stdout)["items"]
     second = json.loads(run("events", "dead", "requeue", "--json").stdout)
 
-    assert first == "2 events are on their way to the log again\n"
+    assert first == "2 events on the way to the log again\n"
     assert len(left) == 1
     assert second == {"requeued": 1}
     assert run("events", "dead", "list").stdout == "there are no dead letters\n"

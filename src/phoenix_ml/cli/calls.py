@@ -16,6 +16,7 @@ from rich.table import Table
 
 from phoenix_ml.cli.common import (
     T,
+    counted,
     data_option,
     err,
     example,
@@ -196,7 +197,9 @@ def show_scored(model_id: str, target: Path, done: Scoring, as_json: bool) -> No
     if as_json:
         show_json(done)
         return
-    click.echo(f"wrote {done.rows:,} rows with the answers of {model_id} {done.model_version} to {target}")
+    click.echo(
+        f"wrote {counted(done.rows, 'row')} with the answers of {model_id} {done.model_version} to {target}"
+    )
     if done.on_record is not None and done.new_on_record is not None:
         known = done.on_record - done.new_on_record
         before = f"; {known:,} were on record before" if known else ""

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import click
@@ -18,9 +20,15 @@ from rich.table import Table
 
 from phoenix_ml import __version__
 from phoenix_ml.bootstrap import Phoenix, bootstrap
-from phoenix_ml.domain.errors import InvalidField, PhoenixError
+from phoenix_ml.domain.errors import (
+    IncidentUnknown,
+    InvalidField,
+    ModelUnknown,
+    PhoenixError,
+    PredictionUnknown,
+)
 from phoenix_ml.domain.models import ModelVersion
-from phoenix_ml.settings import load_settings, misspelt_variables
+from phoenix_ml.settings import Settings, load_settings, misspelt_variables
 
 T = TypeVar("T")
 err = Console(stderr=True)
@@ -48,8 +56,14 @@ def example(text: str) -> Callable[[T], T]:
     return add
 
 
+def _folder(_: click.Context, parameter: click.Parameter, name: str | None) -> Path | None:
+    if name == "":  # a variable that is not set; it would be the current folder
+        raise click.BadParameter("it is empty", param=parameter)
+    return None if name is None else Path(name)
+
+
 data_option = click.option(
-    "--data", type=click.Path(path_type=Path), help="Folder of all that is stored (PHOENIX_DATA)."
+    "--data", type=click.Path(), callback=_folder, help="Folder of all that is stored (PHOENIX_DATA)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 url_option = click.option(
@@ -71,18 +85,61 @@ def main(ctx: click.Context) -> None:
     ctx.call_on_close(lambda: os.umask(users_own))
     if ctx.invoked_subcommand not in ("serve", "doctor"):  # they say it in their own way
         for name, near in misspelt_variables(os.environ).items():
-            say("warning", f"{name} is not a setting and is ignored: is {near} meant?")
+            warn(f"{name} is not a setting and is ignored: is {near} meant?")
+
+
+def warn(message: str) -> None:
+    """Says it on standard error, in one line."""
+    err.print("[yellow]warning[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell(message: str) -> None:
+    """As ``warn``, what is no fault but should be known."""
+    err.print("[yellow]note[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def opened(data: Path | None) -> Iterator[Phoenix]:
-    """The application with its database; one of an older version is left to who serves it to upgrade."""
-    phoenix = bootstrap(load_settings(data=data))
-    try:
-        phoenix.database.upgrade_if_new()
-        yield phoenix
-    finally:
-        phoenix.close()
+def opened(data: Path | None, *, may_create: bool = False) -> Iterator[Phoenix]:
+    """The application with its database; one of an older version is left to who serves it to upgrade.
+
+    Where nothing was stored yet it is empty, and only a command that ``may_create`` the data folder does so: who looks
+    in the wrong place leaves nothing there.
+    """
+    settings = load_settings(data=data)
+    with nullcontext(settings) if may_create else looked_at(settings) as found:
+        phoenix = replace(bootstrap(found), settings=settings)
+        try:
+            phoenix.database.upgrade_if_new()
+            yield phoenix
+        except (ModelUnknown, PredictionUnknown, IncidentUnknown) as exc:
+            exc.message += f"; looked {place_of(phoenix)}"
+            raise
+        finally:
+            phoenix.close()
+
+
+@contextmanager
+def looked_at(settings: Settings) -> Iterator[Settings]:
+    """The settings, with an empty data folder for as long as it takes where there is none."""
+    if settings.data.exists():
+        yield settings
+        return
+    with TemporaryDirectory() as folder:
+        yield settings.model_copy(update={"data": Path(folder)})
+
+
+def place_of(phoenix: Phoenix) -> str:
+    """Where commands look, and what says so."""
+    if phoenix.settings.database:
+        return f"in {phoenix.database.name} (PHOENIX_DATABASE)"
+    return folder_of(phoenix.settings)
+
+
+def folder_of(settings: Settings) -> str:
+    here = "" if settings.data.is_absolute() else " of this folder"
+    return f"in {settings.data}{here} (--data or PHOENIX_DATA say where)"
 
 
 def actor() -> str:
@@ -93,14 +150,17 @@ def actor() -> str:
         return "cli"
 
 
-def say(kind: str, message: str) -> None:
-    """One line on standard error, however long it is: what is no error, but should be known."""
-    err.print(f"[yellow]{kind}[/] ", end="")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
 def show_json(content: Any) -> None:
     click.echo(json.dumps(msgspec.to_builtins(content), indent=2, ensure_ascii=False))
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """The number with its noun.
+
+    >>> counted(1, "row"), counted(1200, "row"), counted(0, "entity", "entities")
+    ('1 row', '1,200 rows', '0 entities')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def print_wide(table: Table) -> None:

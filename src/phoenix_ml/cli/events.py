@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from phoenix_ml.bootstrap import open_dead_letters
-from phoenix_ml.cli.common import data_option, example, json_option, main, print_wide, show_json
+from phoenix_ml.cli.common import counted, data_option, example, json_option, main, print_wide, show_json
 from phoenix_ml.settings import load_settings
 
 
@@ -71,4 +71,4 @@ def events_dead_requeue(limit: int, data: Path | None, as_json: bool) -> None:
     if as_json:
         show_json({"requeued": requeued})
     else:
-        click.echo(f"{requeued} events are on their way to the log again")
+        click.echo(f"{counted(requeued, 'event')} on the way to the log again")

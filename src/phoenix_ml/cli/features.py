@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,22 @@ from rich.table import Table
 
 from phoenix_ml.bootstrap import open_features
 from phoenix_ml.cli.common import (
+    counted,
     data_option,
     err,
     example,
+    folder_of,
     json_option,
+    looked_at,
     main,
     opened,
     parse_value,
     run_async,
-    say,
     show_json,
+    tell,
+    warn,
 )
-from phoenix_ml.domain.errors import DatabaseUnavailable, InvalidField, PhoenixError
+from phoenix_ml.domain.errors import DatabaseUnavailable, EntityUnknown, InvalidField, PhoenixError
 from phoenix_ml.settings import load_settings
 
 if TYPE_CHECKING:
@@ -50,14 +55,14 @@ def features_load(file: Path, entity: str, data: Path | None, as_json: bool) -> 
     if as_json:
         show_json({"entities": loaded})
     else:
-        click.echo(f"{loaded} entities loaded")
+        click.echo(f"{counted(loaded, 'entity', 'entities')} loaded")
 
 
 async def load_file(file: Path, entity: str, data: Path | None) -> int:
     from phoenix_ml.application.features import load_features
     from phoenix_ml.infrastructure.tables import open_table
 
-    signatures = signatures_to_pack(data)
+    signatures, known = active_features(data)
     store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
     stored = 0
     try:
@@ -66,14 +71,15 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
                 raise InvalidField(
                     f"{file.name} has no column {entity!r}; it has {', '.join(table.names)}", field="entity"
                 )
+            note_unknown([name for name in table.names if name != entity], known)
             task = bar.add_task(f"loading {file.name}", total=1.0)
 
-            def tell(share: float, loaded: int) -> None:
+            def show(share: float, loaded: int) -> None:
                 nonlocal stored
                 stored = loaded
                 bar.update(task, completed=share)
 
-            return await load_features(store, table.batches, entity, tell, signatures)
+            return await load_features(store, table.batches, entity, show, signatures)
     except PhoenixError as exc:
         if stored:
             exc.message += f"; the {stored} entities before it are stored"
@@ -82,16 +88,29 @@ async def load_file(file: Path, entity: str, data: Path | None) -> int:
         await store.close()
 
 
-def signatures_to_pack(data: Path | None) -> Sequence["PackedSignature"]:
-    """Those of the active models; none while the database cannot say."""
+def active_features(data: Path | None) -> tuple[Sequence["PackedSignature"], set[str]]:
+    """The signatures of the active models, and the names of their features; none while the database cannot say."""
     from phoenix_ml.application.features import packed_signatures
 
     try:
         with opened(data) as phoenix:
-            return packed_signatures(phoenix.registry.list_versions())
+            versions = phoenix.registry.list_versions()
     except DatabaseUnavailable as exc:
-        say("warning", f"features are stored, but no rows are packed: {exc.message}")
-        return ()
+        warn(f"features are stored, but no rows are packed: {exc.message}")
+        return (), set()
+    return packed_signatures(versions), {
+        name for v in versions if v.is_active for name in v.metadata.features
+    }
+
+
+def note_unknown(names: Sequence[str], known: set[str]) -> None:
+    """Says which names are features of no active model: they may be for one to come, or misspelt."""
+    strange = [name for name in names if name not in known]
+    if not known or not strange:
+        return
+    near = {name: get_close_matches(name, sorted(known), 1) for name in strange}
+    said = (f"{name} (is {near[name][0]} meant?)" if near[name] else name for name in strange)
+    tell(f"no active model takes {', '.join(said)}")
 
 
 @features.command("get")
@@ -105,11 +124,16 @@ def features_get(entity_id: str, data: Path | None, as_json: bool) -> None:
     from phoenix_ml.application.reports import iso_time
 
     async def fetch() -> dict[str, Any]:
-        store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
-        try:
-            return await show_features(store, entity_id)
-        finally:
-            await store.close()
+        with looked_at(load_settings(data=data)) as settings:
+            store = open_features(settings, _COMMAND_DEADLINE_MS)
+            try:
+                return await show_features(store, entity_id)
+            except EntityUnknown as exc:
+                if store.name == "sqlite":
+                    exc.message += f"; looked {folder_of(load_settings(data=data))}"
+                raise
+            finally:
+                await store.close()
 
     found = run_async(fetch())
     if as_json:
@@ -132,7 +156,8 @@ def features_put(entity_id: str, values: tuple[str, ...], data: Path | None, as_
     from phoenix_ml.application.features import store_features
 
     given = dict(parse_value(word) for word in values)
-    signatures = signatures_to_pack(data)
+    signatures, known = active_features(data)
+    note_unknown(list(given), known)
 
     async def put() -> int:
         store = open_features(load_settings(data=data), _COMMAND_DEADLINE_MS)
@@ -145,4 +170,4 @@ def features_put(entity_id: str, values: tuple[str, ...], data: Path | None, as_
     if as_json:
         show_json({"written": written})
     else:
-        click.echo(f"{len(given)} features of {entity_id} written")
+        click.echo(f"{counted(len(given), 'feature')} of {entity_id} written")

@@ -19,9 +19,11 @@ from phoenix_ml.cli.common import (
     json_option,
     main,
     opened,
+    place_of,
     print_wide,
-    say,
     show_json,
+    tell,
+    warn,
 )
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import (
@@ -33,7 +35,7 @@ from phoenix_ml.domain.models import (
     check_model_id,
     check_version,
 )
-from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy
+from phoenix_ml.domain.routing import Arm, Role, Routing, Strategy, default_routing
 
 if TYPE_CHECKING:
     from phoenix_ml.infrastructure.formats.parity import Conversion
@@ -134,7 +136,7 @@ def models_register(
     if reference is None and sample is None and (time or outcome):
         raise click.UsageError("--time and --outcome name columns of --reference or --sample")
     conversion = None
-    with opened(data) as phoenix, TemporaryDirectory() as folder:
+    with opened(data, may_create=True) as phoenix, TemporaryDirectory() as folder:
         path = _locate(artifact, Path(folder), tracking_uri)
         reference_columns = None if reference is None else read_columns(reference)
         if needs_conversion(path):
@@ -146,12 +148,12 @@ def models_register(
             if task is not None:
                 raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
             if check_trust(path, trust):
-                say("warning", f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
+                warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
             left_out = [name for name in (time, outcome) if name is not None]
             wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
             path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
             for note in conversion.notes:
-                say("warning", note)
+                warn(note)
         elif sample is not None or trust:
             raise click.UsageError(
                 f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
@@ -171,7 +173,7 @@ def models_register(
             )
     notes = notes_on(registered.metadata)
     for note in notes:
-        say("note", note)
+        tell(note)
     if as_json:
         told = {"notes": notes} if conversion is None else {"notes": notes, "conversion": conversion}
         show_json(describe_version(registered) | told)
@@ -264,19 +266,23 @@ def models_list(data: Path | None, as_json: bool) -> None:
     with opened(data) as phoenix:
         versions = phoenix.registry.list_versions()
         routings = phoenix.registry.routings()
+        place = place_of(phoenix)
     if as_json:
         show_json([describe_version(version) for version in versions])
         return
     if not versions:
         click.echo(
-            "no model is registered yet: phoenix-ml models register PATH --id ID --version V --activate"
+            f"no model is registered yet {place}: phoenix-ml models register PATH --id ID --version V --activate"
         )
         return
     table = Table("model", "version", "stage", "active", "role", "task", "registered", box=None)
     for version in versions:
         routing = routings.get(version.model_id)
-        arms = routing.arms if routing else ()
-        roles = [f"{a.role} {a.weight:g}" for a in arms if a.version == version.version]
+        if routing is not None:
+            roles = [f"{a.role} {a.weight:g}" for a in routing.arms if a.version == version.version]
+        else:
+            found = default_routing(v for v in versions if v.model_id == version.model_id and v.is_active)
+            roles = ["champion (default)"] if found and found.versions == (version.version,) else []
         table.add_row(
             version.model_id,
             version.version,
@@ -371,7 +377,7 @@ def models_monitoring(model_id: str, changes: tuple[str, ...], data: Path | None
     """Show or change how a model is watched and healed; `*` stands for all models."""
     from phoenix_ml.domain.monitoring import ALL_MODELS, parse_setting
 
-    with opened(data) as phoenix:
+    with opened(data, may_create=bool(changes)) as phoenix:
         if changes:
             parsed = dict(map(parse_setting, changes))
             settings = phoenix.monitoring.change_settings(model_id, parsed, actor())
@@ -412,6 +418,14 @@ def models_routing(
     """Show or set how requests are shared out. The first version is the champion."""
     from phoenix_ml.application.catalogue import set_routing
 
+    if clear and (arms or strategy or salt):
+        raise click.UsageError(
+            "--clear goes back to the default routing: leave out versions, --strategy and --salt"
+        )
+    if (strategy or salt) and not arms:
+        raise click.UsageError(
+            "--strategy and --salt say how versions share requests: name these, such as 1.0.0=90 1.1.0=10"
+        )
     with opened(data) as phoenix:
         versions = phoenix.registry.list_versions(model_id)
         if clear:
@@ -422,8 +436,6 @@ def models_routing(
         in_force = phoenix.registry.routings().get(model_id)
         is_default = in_force is None
         if in_force is None:
-            from phoenix_ml.domain.routing import default_routing
-
             in_force = default_routing(version for version in versions if version.is_active)
     if as_json:
         show_json({"routing": in_force, "is_default": is_default})

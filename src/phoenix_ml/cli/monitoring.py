@@ -338,7 +338,7 @@ def heal_run(model_id: str, data: Path | None, as_json: bool) -> None:
 
 
 def set_paused(model_id: str, paused: bool, data: Path | None, as_json: bool) -> None:
-    with opened(data) as phoenix:
+    with opened(data, may_create=True) as phoenix:
         monitoring = phoenix.monitoring
         # What is paused for all is resumed for one by a setting of its own; else it has none.
         is_general = model_id != ALL_MODELS and monitoring.settings(ALL_MODELS).healing_paused

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from phoenix_ml.cli.common import (
+    counted,
     data_option,
     err,
     example,
@@ -57,6 +58,8 @@ def predictions_list(
 
     query = PredictionQuery(model_id, model_version, entity_id, limit=limit, cursor=cursor)
     with opened(data) as phoenix:
+        if model_id is not None:
+            phoenix.registry.list_versions(model_id)
         rows, next_cursor = phoenix.prediction_log.page(query)
     items = [describe_prediction(row) for row in rows]
     if as_json:
@@ -163,7 +166,7 @@ def predictions_export(
     if as_json:
         show_json({"rows": written, "file": str(out)})
         return
-    click.echo(f"wrote {written:,} rows to {out}")
+    click.echo(f"wrote {counted(written, 'row')} to {out}")
 
 
 @predictions.command("replay")
@@ -228,7 +231,7 @@ def predictions_unmatched(limit: int, cursor: str | None, data: Path | None, as_
     if as_json:
         show_json(found)
         return
-    click.echo(f"{found['count']} outcomes have no prediction in the log")
+    click.echo(f"{counted(found['count'], 'outcome')} without a prediction in the log")
     for item in found["items"]:
         click.echo(f"  {item['received_at']}  {item['prediction_id']}  {item['outcome']}")
     if found["next_cursor"]:

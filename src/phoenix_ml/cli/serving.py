@@ -67,7 +67,7 @@ def work(roles: tuple[str, ...], metrics_port: int | None, data: Path | None) ->
     from phoenix_ml.processes.background import work as run
     from phoenix_ml.processes.supervisor import check_address
 
-    with opened(data) as phoenix:
+    with opened(data, may_create=True) as phoenix:
         settings = phoenix.settings
         configure_logs(settings.log_level, settings.log_format, "+".join(roles))
         if metrics_port is not None:

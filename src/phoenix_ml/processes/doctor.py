@@ -163,4 +163,4 @@ def _models(phoenix: Phoenix) -> str:
                 f"{version.model_id} {version.version} on {placement.device} ({placement.reason})"
             )
     where = f"; not where they should run: {', '.join(displaced)}" if displaced else ""
-    return f"{len(versions)} versions are registered, {len(active)} active, all of those load{where}"
+    return f"registered versions: {len(versions)}; active: {len(active)}, all of those load{where}"

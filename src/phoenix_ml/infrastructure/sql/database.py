@@ -52,9 +52,7 @@ class Database:
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError) as exc:  # without the URL, which may hold a password
-            raise Misconfigured(
-                "PHOENIX_DATABASE: this is no database URL; use sqlite:///FILE or postgresql://USER@HOST:PORT/NAME"
-            ) from exc
+            raise _no_url() from exc
         # A row of the prediction log has five JSON columns: `json` takes 3.4 µs each, msgspec 0.5.
         options: dict[str, Any] = {"json_serializer": _to_json, "json_deserializer": msgspec.json.decode}
         self.is_sqlite = parsed.drivername == "sqlite"
@@ -80,6 +78,8 @@ class Database:
         self._silence_s = _SILENCE_S
         try:
             self.engine = create_engine(parsed, pool_timeout=10, **options)
+        except ArgumentError as exc:  # sqlite://FILE, with two slashes
+            raise _no_url() from exc
         except (ModuleNotFoundError, NoSuchModuleError) as exc:
             raise Misconfigured(f"PostgreSQL needs its driver: {install('postgres')}") from exc
         if self.is_sqlite:
@@ -215,6 +215,13 @@ class Database:
             raise DatabaseUnavailable(
                 f"the database {self.name} does not answer: {reason}", database=self.name
             ) from exc
+
+
+def _no_url() -> Misconfigured:
+    return Misconfigured(
+        "PHOENIX_DATABASE: this is no database URL; use sqlite:///FILE or postgresql://USER@HOST:PORT/NAME",
+        setting="PHOENIX_DATABASE",
+    )
 
 
 def _is_beyond_limits(error: DBAPIError) -> bool:
