@@ -163,7 +163,9 @@ def test_without_a_server_the_load_says_how_to_start_one() -> None:
 
     assert code == "server_unreachable"
     assert "phoenix-ml serve" in message
-    assert refusal(bench("not a url", "m"))[0] == "invalid_field"
+    nonsense = bench("localhost:8000", "m")
+    assert nonsense.exit_code == 2
+    assert "write http://HOST:PORT" in nonsense.stderr
 
 
 @pytest.mark.parametrize(

@@ -545,15 +545,28 @@ def test_a_file_that_is_no_model_is_refused_and_nothing_is_registered(run: Run, 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "code"),
+    ("name", "content", "code", "said"),
     [
-        ("contract.json", "{", "malformed_body"),
-        ("contract.json", '{"a": {"type": "number"}}', "invalid_field"),
-        ("contract.json", '{"a": {"type": "float"}}', "model_refused"),
+        (
+            "contract.json",
+            "{",
+            "malformed_body",
+            "contract.json is no feature contract, which is a file of JSON",
+        ),
+        ("rows.parquet", "PAR1\x00", "malformed_body", "rows.parquet is no feature contract"),
+        ("contract.json", "[]", "invalid_field", "contract.json: Expected `object`, got `array`"),
+        (
+            "contract.json",
+            '{"a": {"type": "float"}, "b": {"type": "double"}}',
+            "invalid_field",
+            "contract.json: Invalid enum value 'double' at $['b'].type; it is one of float, integer, boolean, string",
+        ),
+        ("contract.json", '{"a": {"typ": "float"}}', "invalid_field", "at $['a']; is type meant?"),
+        ("contract.json", '{"a": {"type": "float"}}', "model_refused", "takes 3 features, 1 are named"),
     ],
 )
 def test_a_contract_that_is_wrong_is_refused(
-    run: Run, model: Path, tmp_path: Path, name: str, content: str, code: str
+    run: Run, model: Path, tmp_path: Path, name: str, content: str, code: str, said: str
 ) -> None:
     """A contract is written by hand."""
     contract = tmp_path / name
@@ -572,7 +585,20 @@ def test_a_contract_that_is_wrong_is_refused(
         code=1,
     )
 
-    fails(done, code)
+    assert said in fails(done, code)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("batch_rows=abc", "batch_rows: 'abc' is no value for it: write a number, true or false"),
+        ("effects=income", "write FEATURE:NUMBER, such as income:0.05"),
+        ("challenger_policy=ab:3", "write shadow, none, or ab:SHARE with a share between 0 and 1"),
+    ],
+)
+def test_a_setting_of_a_model_that_is_no_value_is_refused_in_words(run: Run, setting: str, said: str) -> None:
+    """A regular expression tells few people what to type."""
+    assert said in fails(run("models", "monitoring", "*", "--set", setting, code=1), "invalid_field")
 
 
 def test_a_reference_in_order_of_time_that_is_too_short_is_warned_of(
@@ -1139,13 +1165,24 @@ def test_a_prediction_that_is_asked_for_in_two_ways_is_refused(arguments: list[s
     assert CliRunner().invoke(main, ["predict", *arguments]).exit_code == 2
 
 
-def test_without_a_server_a_prediction_says_how_to_start_one() -> None:
-    """Also when something else answers there."""
-    nobody = CliRunner().invoke(main, ["predict", "m", "--url", f"http://127.0.0.1:{free_port()}"])
-    nonsense = CliRunner().invoke(main, ["predict", "m", "--url", "not a url"])
+def test_without_a_server_a_prediction_says_how_to_start_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is asked for where the settings would have it listen."""
+    ports = [free_port() for _ in range(3)]
+    given = CliRunner().invoke(main, ["predict", "m", "--url", f"http://127.0.0.1:{ports[0]}"])
+    (tmp_path / "phoenix.toml").write_text(f"port = {ports[1]}\n")
+    from_file = CliRunner().invoke(main, ["predict", "m"])
+    monkeypatch.setenv("PHOENIX_PORT", str(ports[2]))
+    monkeypatch.setenv("PHOENIX_HOST", "0.0.0.0")
+    from_environment = CliRunner().invoke(main, ["predict", "m"])
+    monkeypatch.setenv("PHOENIX_PORT", "0")
 
-    assert "phoenix-ml serve" in fails(nobody, "server_unreachable")
-    fails(nonsense, "server_unreachable")
+    for done, port in zip((given, from_file, from_environment), ports, strict=True):
+        message = fails(done, "server_unreachable")
+        assert message.startswith(f"http://127.0.0.1:{port} does not answer")
+        assert "phoenix-ml serve" in message
+    assert "--url" in fails(CliRunner().invoke(main, ["predict", "m"]), "misconfigured")
 
 
 @pytest.mark.parametrize(

@@ -782,3 +782,50 @@ def test_none_of_this_was_a_defect_to_the_server_either(server: PhoenixServer) -
     assert "Traceback" not in server.log()
     assert [record for record in server.log_records() if record.get("code") == "internal_error"] == []
     assert not (server.data / "dead").exists()
+
+
+ADVICE: dict[str, tuple[str, str, bytes, str]] = {
+    "a field of another name": (
+        "POST",
+        "/predict",
+        b'{"model":"abc"}',
+        "unknown field `model`; is model_id meant?",
+    ),
+    "a field like no other": (
+        "POST",
+        "/predict",
+        b'{"zz":1}',
+        "; there are entity_id, features, routing_key, request_id, model_id, model_version",
+    ),
+    "no body": ("POST", "/predict", b"", "the body is empty: send JSON"),
+    "an instance": (
+        "POST",
+        "/predict/batch",
+        b'{"model_id":"abc","instances":[{},{"key":1}]}',
+        "at $.instances[1]",
+    ),
+    "a stage": (
+        "POST",
+        "/models/abc/versions/1.0.0/stage",
+        b'{"stage":"live"}',
+        "it is one of dev, staging, prod",
+    ),
+    "a strategy": (
+        "PUT",
+        "/models/abc/routing",
+        b'{"strategy":"random","arms":[]}',
+        "it is one of single, ab_test, canary, shadow",
+    ),
+    "refused before the JSON ends": ("POST", "/feedback", b'{"outcme":1', "is outcome meant?"),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "body", "said"), ADVICE.values(), ids=ADVICE.keys())
+def test_what_would_have_been_right_is_said(
+    lane: Lane, method: str, path: str, body: bytes, said: str
+) -> None:
+    """Most that is refused is misspelt, and whoever reads the error has no documents beside it."""
+    response = lane.request(method, path, content=body)
+
+    assert response.status_code in (400, 422)
+    assert said in error_of(response)["message"]

@@ -24,6 +24,7 @@ from phoenix_ml.cli.common import (
     main,
     opened,
     parse_value,
+    server_url,
     show_json,
     url_option,
     watched_version,
@@ -73,7 +74,7 @@ def predict(
     target: Path | None,
     is_logged: bool,
     entity_column: str | None,
-    url: str,
+    url: str | None,
     data: Path | None,
     as_json: bool,
 ) -> None:
@@ -104,7 +105,7 @@ def predict(
         body["features"] = dict(parse_value(word) for word in given)
     if model_version is not None:
         body["model_version"] = model_version
-    answered, found = call_server(url, "/predict", body, Answered)
+    answered, found = call_server(server_url(url), "/predict", body, Answered)
     if as_json:
         show_json(msgspec.json.decode(answered))
         return
@@ -237,7 +238,7 @@ def bench(
     connections: list[int],
     seconds: float,
     rate: float | None,
-    url: str,
+    url: str | None,
     as_json: bool,
 ) -> None:
     """Put load on a running server and measure: every answer goes on record, as any other does."""
@@ -245,6 +246,7 @@ def bench(
 
     if entity_ids and file is not None:
         raise click.UsageError("give --entity or --features, not both")
+    url = server_url(url)
     target = Target.of(url)
     model_id = model_id or only_model(url)
     instances = [{"entity_id": entity_id} for entity_id in entity_ids] or rows_to_send(url, model_id, file)

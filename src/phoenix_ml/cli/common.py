@@ -23,6 +23,7 @@ from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.errors import (
     IncidentUnknown,
     InvalidField,
+    Misconfigured,
     ModelUnknown,
     PhoenixError,
     PredictionUnknown,
@@ -66,8 +67,18 @@ data_option = click.option(
     "--data", type=click.Path(), callback=_folder, help="Folder of all that is stored (PHOENIX_DATA)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _base_url(_: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{url!r}: write http://HOST:PORT or https://HOST:PORT", param=parameter)
+    return url
+
+
 url_option = click.option(
-    "--url", default="http://127.0.0.1:8000", show_default=True, help="Base URL of a running server."
+    "--url",
+    callback=_base_url,
+    help="Base URL of a running server; else that of PHOENIX_HOST and PHOENIX_PORT.",
 )
 
 
@@ -140,6 +151,17 @@ def place_of(phoenix: Phoenix) -> str:
 def folder_of(settings: Settings) -> str:
     here = "" if settings.data.is_absolute() else " of this folder"
     return f"in {settings.data}{here} (--data or PHOENIX_DATA say where)"
+
+
+def server_url(url: str | None) -> str:
+    """The URL that was given, else where a server with these settings listens. Raises Misconfigured."""
+    if url is not None:
+        return url
+    settings = load_settings()
+    if not settings.port:
+        raise Misconfigured("PHOENIX_PORT is 0, so that the server takes a free port: give its --url")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - not to listen
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 def actor() -> str:

@@ -25,6 +25,7 @@ from phoenix_ml.cli.common import (
     tell,
     warn,
 )
+from phoenix_ml.domain.errors import InvalidField, MalformedBody
 from phoenix_ml.domain.features import FeatureRule
 from phoenix_ml.domain.models import (
     Framework,
@@ -128,11 +129,7 @@ def models_register(
     from phoenix_ml.infrastructure.formats.convert import Wanted, check_trust, convert, needs_conversion
     from phoenix_ml.infrastructure.tables import read_columns
 
-    contract: dict[str, FeatureRule] = {}
-    if features is not None:
-        from phoenix_ml.infrastructure.http.codec import decode_json
-
-        contract = decode_json(features.read_bytes(), dict[str, FeatureRule])
+    contract = {} if features is None else read_contract(features)
     if reference is None and sample is None and (time or outcome):
         raise click.UsageError("--time and --outcome name columns of --reference or --sample")
     conversion = None
@@ -179,6 +176,22 @@ def models_register(
         show_json(describe_version(registered) | told)
     else:
         show_version(registered, conversion=conversion)
+
+
+def read_contract(path: Path) -> dict[str, FeatureRule]:
+    """The feature contract in a file. Raises InvalidField, naming the file and what is wrong with it."""
+    from phoenix_ml.infrastructure.http.codec import decode_json
+
+    try:
+        return decode_json(path.read_bytes(), dict[str, FeatureRule])
+    except MalformedBody as exc:
+        raise MalformedBody(
+            f"{path} is no feature contract, which is a file of JSON: {exc.__cause__}"
+        ) from exc
+    except InvalidField as exc:
+        raise InvalidField(f"{path}: {exc.message}", field="features") from exc
+    except OSError as exc:
+        raise InvalidField(f"{path} cannot be read: {exc.strerror}", field="features") from exc
 
 
 def _locate(artifact: str, folder: Path, tracking_uri: str | None) -> Path:

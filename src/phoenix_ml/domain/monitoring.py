@@ -61,6 +61,8 @@ def read_settings(document: Mapping[str, Any]) -> MonitorSettings:
     except msgspec.ValidationError as exc:
         message, _, path = str(exc).partition(" - at `$.")
         field = path.rstrip("`") or "settings"
+        if "matching regex" in message:
+            message = "write shadow, none, or ab:SHARE with a share between 0 and 1, such as ab:0.1"
         raise InvalidField(
             f"{field}: {message}; known settings are {', '.join(MonitorSettings.__struct_fields__)}",
             field=field,
@@ -91,4 +93,5 @@ def parse_setting(text: str) -> tuple[str, Any]:
             return key, value
         return key, msgspec.json.decode(value)
     except (ValueError, msgspec.DecodeError) as exc:
-        raise InvalidField(f"{key}: {value!r} is no value for it: {exc}", field=key) from exc
+        advice = "FEATURE:NUMBER, such as income:0.05" if key == "effects" else "a number, true or false"
+        raise InvalidField(f"{key}: {value!r} is no value for it: write {advice}", field=key) from exc

@@ -8,6 +8,7 @@ from phoenix_ml.application.predict import Answer
 from phoenix_ml.domain.errors import InvalidField, MalformedBody, PhoenixError
 from phoenix_ml.domain.features import describe_sources
 from phoenix_ml.domain.predictions import BatchRequest, Feedback, PredictionRequest
+from phoenix_ml.infrastructure.http.advice import explain
 
 T = TypeVar("T")
 
@@ -40,9 +41,12 @@ def _decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         decoded = decoder.decode(body)
     except msgspec.ValidationError as exc:
         _refuse_nul(body)
-        message, _, path = str(exc).partition(" - at `")
-        raise InvalidField(f"{message}{f' at {path[:-1]}' if path else ''}", path=path[:-1] or "$") from exc
+        message, _, place = str(exc).partition(" - at `")
+        path, advice = explain(message, place[:-1] or "$", decoder.type, body)
+        raise InvalidField(f"{message}{f' at {path}' if place else ''}{advice}", path=path) from exc
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        if not body.strip():
+            raise MalformedBody("the body is empty: send JSON") from exc
         raise MalformedBody(f"the body is not valid JSON: {exc}") from exc
     _refuse_nul(body)
     return decoded
