@@ -273,6 +273,30 @@ def test_who_looks_in_the_wrong_folder_hears_of_it_and_leaves_nothing_there(
         assert "no model is registered yet in phoenix-data of this folder" in done.stdout
 
 
+def test_serve_that_ships_nowhere_is_refused_at_once(tmp_path: Path) -> None:
+    """Without Kafka its background process ended five times before the server gave up."""
+    done = CliRunner().invoke(main, ["serve", "--roles", "ship", "--port", "0"])
+
+    assert "there is nowhere to ship to" in fails(done, "misconfigured")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drift_of_what_has_no_baseline_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
+    """It would be waited for in vain: no report will ever come."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("x_0,x_1,x_2\n1,2,3\n4,5,6\n")
+    register = ["models", "register", str(model), "--id", "m", "--version"]
+    run(*register, "1.0.0")
+    before = run("drift", "show", "m", code=1)
+    run(*register, "1.1.0", "--reference", str(rows))
+
+    assert "m 1.0.0 has no baseline" in fails(before, "no_baseline")
+    assert "m 1.0.0 has" in fails(run("drift", "show", "m", "--version", "1.0.0", code=1), "no_baseline")
+    assert "no report yet" in run("drift", "show", "m").stdout
+    assert "no report yet" in run("drift", "show", "m", "--version", "1.1.0").stdout
+    fails(run("drift", "show", "m", "--version", "9.9.9", code=1), "version_unknown")
+
+
 def test_an_empty_variable_names_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A script's unset variable would have everything written into the current folder."""
     monkeypatch.setenv("PHOENIX_DATA", "")

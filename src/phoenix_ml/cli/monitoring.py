@@ -67,11 +67,7 @@ def drift_check(
         report = compare_with_reference(phoenix.artifacts, version, newest, settings)
     name = f"{model_id} {version.version}"
     if report is None:
-        raise NoBaseline(
-            f"{name} has no baseline: register a version with --reference, the rows that it was trained on",
-            model_id=model_id,
-            model_version=version.version,
-        )
+        raise no_baseline(model_id, version.version)
     about = describe_rows([row.created_at_ms for row in newest], report.reference_rows)
     if html is not None:
         html.write_text(drift_page(report, f"Drift of {name}", [about]), encoding="utf-8")
@@ -95,20 +91,36 @@ def drift_show(model_id: str, model_version: str | None, data: Path | None, as_j
     from phoenix_ml.domain.drift import DriftReport
 
     with opened(data) as phoenix:
-        phoenix.registry.list_versions(model_id)
+        registry = phoenix.registry
+        versions = (
+            registry.list_versions(model_id)
+            if model_version is None
+            else [registry.get(model_id, model_version)]
+        )
         found = phoenix.monitoring.reports(model_id, "drift", model_version)
+    if all(version.metadata.baseline is None for version in versions):
+        raise no_baseline(model_id, ", ".join(version.version for version in versions))
     if as_json:
         show_json({"items": [describe_report(one) for one in found]})
         return
     if not found:
         click.echo(
-            "no report yet: the monitor writes one after each batch of predictions "
-            f"(phoenix-ml models monitoring {model_id} shows how many); drift check compares now"
+            "no report yet: the monitor writes one after the first batch of predictions "
+            f"(phoenix-ml models monitoring {model_id} shows how many), later where another feature drifts, else once a "
+            "minute at most; drift check compares now"
         )
         return
     report = msgspec.convert(found[0].report, DriftReport)
     written = f"{found[0].rows} rows, written at {iso_time(found[0].created_at_ms)}"
     show_drift_report(report, f"{model_id} {found[0].model_version}: {written}")
+
+
+def no_baseline(model_id: str, version: str) -> NoBaseline:
+    return NoBaseline(
+        f"{model_id} {version} has no baseline: register a version with --reference, the rows that it was trained on",
+        model_id=model_id,
+        model_version=version,
+    )
 
 
 def describe_rows(times_ms: Sequence[int], reference_rows: int) -> str:

@@ -36,9 +36,12 @@ PORT = click.IntRange(0, 65535)
 def serve(**flags: Any) -> None:
     """Serve predictions and keep the log, until Ctrl-C."""
     from phoenix_ml.infrastructure.telemetry.logs import configure_logs
+    from phoenix_ml.processes.background import nowhere_to_ship
     from phoenix_ml.processes.supervisor import supervise
 
     settings = load_settings(**flags)
+    if settings.roles == "ship" and settings.events.startswith("local:"):
+        raise nowhere_to_ship()
     configure_logs(settings.log_level, settings.log_format, "supervisor")
 
     def announce(url: str, grpc_address: str | None) -> None:

@@ -153,14 +153,18 @@ def _open_role(role: str, phoenix: Phoenix, metrics: MetricsWriter) -> Backgroun
             log_from_journals(phoenix, metrics) if kafka is None else log_from_kafka(phoenix, kafka, metrics)
         )
     if kafka is None:
-        raise Misconfigured(
-            "there is nowhere to ship to: PHOENIX_EVENTS is local:, and the log role reads the journals itself; "
-            "name a kafka://… there, or leave the ship role out",
-            setting="PHOENIX_ROLES",
-        )
+        raise nowhere_to_ship()
     from phoenix_ml.processes.ship import ShipRole
 
     return ShipRole(phoenix.settings, kafka, metrics)
+
+
+def nowhere_to_ship() -> Misconfigured:
+    return Misconfigured(
+        "there is nowhere to ship to: PHOENIX_EVENTS is local:, and the log role reads the journals itself; "
+        "name a kafka://… there, or leave the ship role out",
+        setting="PHOENIX_ROLES",
+    )
 
 
 def _start(role: BackgroundRole, name: str, stopping: threading.Event) -> "Future[None]":
