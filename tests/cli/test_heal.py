@@ -47,7 +47,7 @@ def test_all_may_heal_again_but_those_that_were_paused_by_name(told: Run) -> Non
     told("heal", "pause", "*")
     resumed = told("heal", "resume", "*")
 
-    assert "retrainings of * are asked for again" in resumed
+    assert "retrainings of any model are asked for again" in resumed
     assert "by a setting of its own this is not so of: risk" in resumed
     assert paused(told) == ["risk"]
 

@@ -360,10 +360,11 @@ def set_paused(model_id: str, paused: bool, data: Path | None, as_json: bool) ->
     if as_json:
         show_json({"model_id": model_id, "healing_paused": is_paused})
         return
+    whose = "any model" if model_id == ALL_MODELS else model_id
     click.echo(
-        f"no retraining of {model_id} is asked for, and none that was begins, until heal resume"
+        f"no retraining of {whose} is asked for, and none that was begins, until heal resume"
         if is_paused
-        else f"retrainings of {model_id} are asked for again"
+        else f"retrainings of {whose} are asked for again"
     )
     if others:
         click.echo(f"by a setting of its own this is not so of: {', '.join(others)}")
