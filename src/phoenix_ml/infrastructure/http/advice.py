@@ -23,7 +23,7 @@ def explain(message: str, path: str, kind: Any, body: bytes) -> tuple[str, str]:
     ("$['b']", '; it is one of single, ab_test, canary, shadow')
     """
     nodes = _members(inspect.type_info(kind))
-    value = _decoded(body) if "..." in path else None
+    value: Any = _decoded(body) if "..." in path else None
     told = "$"
     for step in _STEP.finditer(path):
         name, index = step.groups()
