@@ -479,7 +479,7 @@ class Watch:
             if state.rows_since_alarm is None:
                 state.rows_since_alarm = 0
             summary = (
-                f"answers are wrong more often than the {detector.p0:.1%} that are held to, "
+                f"answers are wrong more often than the objective of {detector.p0:.1%}, "
                 f"by {detector.outcomes} outcomes"
             )
             evidence = {
