@@ -215,6 +215,26 @@ def test_outcomes_that_are_wrong_on_whole_data_ask_for_a_retraining_once(world: 
     assert world.requests() == ["outcomes"]
 
 
+def test_an_alarm_by_another_objective_waits_for_rows_of_its_own(world: World) -> None:
+    """Rows since an alarm that is forgotten say nothing of the data that the next one blames."""
+    world.add()
+    world.set(healing_paused=True)
+    for _ in range(3):
+        world.log(world.rows(300), errors=np.full(300, WRONG))
+        world.step()
+    world.set(error_rate=0.3, healing_paused=False)
+
+    world.log(world.rows(100), errors=np.full(100, WRONG))
+    world.step()
+    at_once = world.requests()
+    for _ in range(2):
+        world.log(world.rows(150), errors=np.full(150, WRONG))
+        world.step()
+
+    assert at_once == []
+    assert world.requests() == ["outcomes"]
+
+
 def test_classic_policy_asks_for_no_retraining_on_broken_data(world: World) -> None:
     """It is hasty by design, but data that is none is no reason to train under any policy."""
     world.add()

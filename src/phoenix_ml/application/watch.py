@@ -463,7 +463,7 @@ class Watch:
         tolerance = self._tolerance(held)
         if p0 is not None:
             if state.detector is None or state.detector.p0 != p0:
-                state.detector = LossDetector.start(p0)
+                state.detector, state.rows_since_alarm = LossDetector.start(p0), None
             wrong = losses(task, outputs_of(usable), [one.outcome for one in usable], tolerance)
             state.detector = state.detector.update(wrong)
         window = min(self._settings.batch_rows, _QUALITY_ROWS)
