@@ -51,6 +51,12 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, expectation: st
         time.sleep(POLL_S)
 
 
+def has_ended(pid: int) -> bool:
+    """True once the process runs no more, whether or not its parent has taken note of it."""
+    facts = _state_and_parent(pid)
+    return facts is None or facts[0] in "ZX"
+
+
 def free_port() -> int:
     """A local port that nobody listens on, and that stays free while its server is down.
 

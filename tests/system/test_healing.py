@@ -16,7 +16,7 @@ import onnx_models
 import pytest
 from log_group import PARTITIONS, Group
 from phoenix_server import PhoenixServer
-from servers import KafkaServer, PostgresServer, new_prefix, wait_until
+from servers import KafkaServer, PostgresServer, has_ended, new_prefix, wait_until
 from sqlalchemy import update
 from traffic import await_logged
 
@@ -117,13 +117,6 @@ def trainers(server: PhoenixServer) -> list[int]:
     return [int(line) for line in written.read_text().split()] if written.exists() else []
 
 
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @contextmanager
 def working(server: PhoenixServer, *roles: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process `phoenix-ml work ROLES`; it is killed at the end where it still runs."""
@@ -171,7 +164,7 @@ def test_a_healer_that_is_killed_while_it_trains_leaves_one_challenger(tmp_path:
         with working(server, "heal"):
             wait_until(lambda: len(trainers(server)) == 1, 60, "the trainer runs")
         (trainer,) = trainers(server)
-        wait_until(lambda: not runs(trainer), 30, "the trainer has ended with its healer")
+        wait_until(lambda: has_ended(trainer), 30, "the trainer has ended with its healer")
         (left,) = jobs(server)
 
         (tmp_path / "go").touch()
