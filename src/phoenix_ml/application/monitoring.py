@@ -25,7 +25,8 @@ from phoenix_ml.application.ports import (
     WatchedOutcome,
     WatchedPrediction,
 )
-from phoenix_ml.application.watch import Figures, ModelState, Registered, Watch
+from phoenix_ml.application.watch import ModelState, Registered, Watch
+from phoenix_ml.application.watched_version import Figures, Look
 from phoenix_ml.domain.errors import DatabaseUnavailable
 from phoenix_ml.domain.models import ModelVersion
 from phoenix_ml.domain.monitoring import DriftPolicy
@@ -128,7 +129,7 @@ class Monitor:
                 self._passed[model_id] = was, now
                 continue
             try:
-                watch = self._advance(
+                look = self._advance(
                     model_id, standings[model_id], now, rows_of[model_id], outcomes_of[model_id], now_ms
                 )
             except DatabaseUnavailable:
@@ -140,12 +141,11 @@ class Monitor:
                 self._failed_at[model_id] = now_ms
                 continue
             self._failed_at.pop(model_id, None)
-            if watch is None:
+            if look is None:
                 continue
             counted += len(rows_of[model_id])
             judged += len(outcomes_of[model_id])
-            figures += watch.figures
-            watch.begin()
+            figures += look.figures
         self._skip_idle(standings)
         reached = [self._passed.get(name, (one, one))[1].seq for name, one in positions.items()]
         held = [self._watches[name].position.seq if name in self._watches else 0 for name in positions]
@@ -228,8 +228,8 @@ class Monitor:
         rows: Sequence[WatchedPrediction],
         outcomes: Sequence[WatchedOutcome],
         now_ms: int,
-    ) -> Watch | None:
-        """The model after a commit; None when another monitor was faster."""
+    ) -> Look | None:
+        """What a look at the model has found, which is stored; None when another monitor was faster."""
         watch = self._watches.get(model_id)
         if watch is None or watch.position != standing.position:
             watch = self._load(model_id, standing.position)
@@ -237,7 +237,7 @@ class Monitor:
                 return None
         # Until the commit what is in memory is ahead of what is stored.
         self._watches.pop(model_id, None)
-        watch.take(
+        look = watch.take(
             self._registered[model_id],
             rows,
             outcomes,
@@ -252,17 +252,18 @@ class Monitor:
             now=now,
             state=msgspec.msgpack.encode(watch.state),
             at_ms=now_ms,
-            batches=tuple(watch.batches),
-            reports=tuple(watch.reports),
+            batches=tuple(look.batches),
+            reports=tuple(look.reports),
             opened=tuple(watch.cases.opened.values()),
             changed=tuple(watch.cases.changed.values()),
             alert=alert,
-            retrain=watch.retrain,
+            retrain=look.retrain,
             answers_check=standing.check_requested_at_ms,
         )
         if not self._monitoring.commit(step):
             return None
+        watch.cases.stored()
         watch.position = now
         self._watches[model_id] = watch
         self._passed.pop(model_id, None)
-        return watch
+        return look

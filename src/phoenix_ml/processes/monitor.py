@@ -17,7 +17,7 @@ from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 
 if TYPE_CHECKING:
     from phoenix_ml.application.monitoring import Monitor, Seen
-    from phoenix_ml.application.watch import Figures
+    from phoenix_ml.application.watched_version import Figures
 
 log = logging.getLogger(__name__)
 # Between two looks at a log that has nothing new.
