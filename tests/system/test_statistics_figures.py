@@ -12,7 +12,7 @@ SIMULATION = Path(__file__).parents[2] / "benchmarks" / "statistics" / "simulate
 
 @pytest.mark.timeout(400)
 def test_every_figure_is_within_its_bound_and_the_naive_rule_is_not() -> None:
-    """False alarms, delays and costs are what the explanation says, or the monitor cannot be trusted."""
+    """False alarms and delays are what the explanation says, or the monitor cannot be trusted."""
     command = [sys.executable, str(SIMULATION), "--reduced"]
     simulated = subprocess.run(command, capture_output=True, text=True, check=False)
 
