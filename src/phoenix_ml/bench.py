@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
@@ -355,7 +356,7 @@ async def _run(
 
     clients = [asyncio.create_task(client()) for _ in range(connections)]
     if rate is not None:
-        await asyncio.to_thread(_keep_pace, loop, paced, rate, begun, until)
+        await asyncio.to_thread(_keep_pace, loop, paced, rate, begun, seconds)
         paced.end()
     await asyncio.gather(*clients)
     if paced.waiting:
@@ -367,13 +368,18 @@ async def _run(
 
 
 def _keep_pace(
-    loop: asyncio.AbstractEventLoop, paced: _Open, rate: float, begun: float, until: float
+    loop: asyncio.AbstractEventLoop, paced: _Open, rate: float, begun: float, seconds: float
 ) -> None:
-    """Releases requests when they are due: in a thread, as the loop's own timers are a millisecond coarse."""
+    """Releases requests when they are due: in a thread, as the loop's own timers are a millisecond coarse.
+
+    Each of them, also where this thread wakes up only after the end.
+    """
+    # Rounded first: 1.1 s at 10 a second are 11, not 12 because of the eleventh that a float leaves over.
+    total = ceil(round(seconds * rate, 6))
     released = 0
-    while (now := time.perf_counter()) < until:
-        due = max(0, int((now - begun) * rate) + 1)
+    while released < total:
+        due = min(total, floor((time.perf_counter() - begun) * rate) + 1)
         if due > released:
             loop.call_soon_threadsafe(paced.release, [begun + turn / rate for turn in range(released, due)])
             released = due
-        time.sleep(max(0.0, min(begun + released / rate, until) - time.perf_counter()))
+        time.sleep(max(0.0, begun + min(released / rate, seconds) - time.perf_counter()))

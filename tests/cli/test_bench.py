@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from phoenix_server import PhoenixServer
 from servers import HOST, free_port, wait_until
 from traffic import logged
 
-from phoenix_ml.bench import Load, Target, listening_pids, run_load
+from phoenix_ml.bench import Load, Target, _keep_pace, _Open, listening_pids, run_load
 from phoenix_ml.cli import main
 
 pytestmark = pytest.mark.system
@@ -75,7 +76,7 @@ def refusal(done: Result) -> tuple[str, str]:
 
 def test_every_answer_that_is_counted_is_on_record(server: PhoenixServer) -> None:
     """The load is made of real predictions: what is measured is what a caller would get."""
-    done = bench(server.url, "signs", "--connections", "1,4", "--seconds", "0.3", "--json")
+    done = bench(server.url, "signs", "--connections", "1,4", "--seconds", "1", "--json")
 
     runs = measured(done)
     counted = sum(run["requests"] for run in runs) + 1  # the first is asked before the runs
@@ -90,7 +91,7 @@ def test_every_answer_that_is_counted_is_on_record(server: PhoenixServer) -> Non
 
 def test_cpu_is_that_of_the_processes_that_hold_the_port(server: PhoenixServer) -> None:
     """The supervisor and the API process listen; the background process and the test itself do not."""
-    (run,) = measured(bench(server.url, "signs", "--connections", "2", "--seconds", "0.3", "--json"))
+    (run,) = measured(bench(server.url, "signs", "--connections", "2", "--seconds", "1", "--json"))
 
     assert listening_pids(server.port) == sorted([server.pid, server.pids()["api-0"]])
     assert run["cpu_processes"] == 2
@@ -101,7 +102,7 @@ def test_rows_come_from_entities_from_a_file_or_from_the_record(
     server: PhoenixServer, tmp_path: Path
 ) -> None:
     """Three features that must be given: without a choice of rows the load is one that the model can answer."""
-    asked = ("abc", "--connections", "1", "--seconds", "0.1", "--json")
+    asked = ("abc", "--connections", "1", "--seconds", "1", "--rate", "10", "--json")
     table = tmp_path / "rows.csv"
     table.write_text("label,a,b,c\nyes,1,2,3\nno,4,5,6\n")
     CliRunner().invoke(main, ["features", "put", "cust_1", "a=7", "b=8", "c=9", "--data", str(server.data)])
@@ -189,7 +190,7 @@ def test_the_first_error_is_shown_in_words(server: PhoenixServer, tmp_path: Path
     """A status says what kind of error it was, and not which row of a file has no value."""
     rows = tmp_path / "rows.csv"
     rows.write_text("a,b,c\n1,2,3\n4,,6\n")
-    done = bench(server.url, "abc", "--features", str(rows), "--connections", "1", "--seconds", "0.2")
+    done = bench(server.url, "abc", "--features", str(rows), "--connections", "1", "--seconds", "1")
 
     assert done.exit_code == 1
     assert "× status 422" in done.stdout
@@ -237,7 +238,7 @@ def load(
     target: Target,
     *,
     connections: int = 2,
-    seconds: float = 0.3,
+    seconds: float = 1.0,
     rate: float | None = None,
     patience_s: float = 20,
 ) -> Load:
@@ -250,22 +251,33 @@ def ok(*headers: bytes) -> bytes:
 
 def test_a_server_that_halts_is_charged_with_every_request_that_was_due() -> None:
     """A generator that waits for the answer before it asks again would see one slow request, not a hundred."""
-    halted_until = 0.0
+    halted_until: list[float] = []
+    lock = threading.Lock()
 
-    def answer(number: int) -> bytes:
-        nonlocal halted_until
-        if number == 0:
-            halted_until = time.monotonic() + 0.5
-        time.sleep(max(0.0, halted_until - time.monotonic()))
+    def answer(_: int) -> bytes:
+        with lock:
+            if not halted_until:
+                halted_until.append(time.monotonic() + 0.5)
+        time.sleep(max(0.0, halted_until[0] - time.monotonic()))
         return ok()
 
     with bad_server(answer) as target:
-        found = load(target, seconds=1.0, rate=200)
+        found = load(target, rate=200)
 
     assert found.errors == {}
     assert found.requests == 200
     # Due in the first 0.4 s of the half second, they wait for 0.1 s at least, however fast the machine is.
     assert sum(ms >= 100 for ms in found.latencies_ms) >= 80
+
+
+def test_requests_are_sent_though_the_generator_wakes_up_after_all_of_them_were_due() -> None:
+    """On a busy machine the load would be smaller than what was asked for, and the last ones be left out."""
+    at_once: Any = SimpleNamespace(call_soon_threadsafe=lambda release, due: release(due))
+    paced, begun = _Open(), time.perf_counter() - 10
+
+    _keep_pace(at_once, paced, 50, begun, 1.1)
+
+    assert list(paced.waiting) == pytest.approx([begun + turn / 50 for turn in range(55)])
 
 
 def test_answers_are_understood_in_pieces_in_chunks_and_in_any_case() -> None:
@@ -313,7 +325,7 @@ def test_a_server_that_never_answers_ends_the_load_nevertheless() -> None:
 
     with bad_server(answer) as target:
         closed = load(target, patience_s=0.2)
-        paced = load(target, seconds=0.5, rate=20, patience_s=0.2)
+        paced = load(target, rate=10, patience_s=0.2)
         over.set()
 
     assert closed.requests == 0
