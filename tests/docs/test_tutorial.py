@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from servers import free_port
 
 _TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial" / "first-model.md"
 _URL = "http://127.0.0.1:8000"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_START_DEADLINE_S = 30.0
-_LOG_DEADLINE_S = 10.0
+_START_DEADLINE_S = 60.0
+_LOG_DEADLINE_S = 30.0
 
 pytestmark = [
     pytest.mark.system,
@@ -29,9 +29,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PHOENIX_")}
         here = str(Path(sys.executable).parent)
         self._environment = kept | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200"}

@@ -252,7 +252,7 @@ def test_a_client_that_leaves_in_the_middle_is_no_defect_of_ours(
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
         connection.sendall(whole[:-1000])
 
-    wait_until(lambda: request_id in server.log(), 10, "the request is logged")
+    wait_until(lambda: request_id in server.log(), 30, "the request is logged")
     said = [record for record in server.log_records() if record.get("request_id") == request_id]
 
     assert [(record["level"], record["message"]) for record in said] == [("INFO", f"{method} {path} 499")]

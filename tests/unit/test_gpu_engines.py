@@ -5,7 +5,6 @@ The sessions are real ones on the CPU that fail as a GPU's do (``small_gpu``); a
 """
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inprocess import Server
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from servers import wait_until
 from small_gpu import AVAILABLE, SmallGpu
 
 from phoenix_ml.application.ports import Engine, ModelHints, Placement, TensorEngine
@@ -77,6 +77,12 @@ class Machine:
         model = model or onnx_models.linear_regressor(WIDTH)
         path = onnx_models.write(self.folder / "model.onnx", model)
         return path, self.engines.inspect(path, ModelHints(task))
+
+
+def await_load() -> None:
+    """Returns when the load that the last run has begun has ended, well or not."""
+    name = f"load-{DEVICE}"
+    wait_until(lambda: name not in {thread.name for thread in threading.enumerate()}, 30, f"{name} has ended")
 
 
 @pytest.fixture
@@ -213,13 +219,11 @@ def test_a_gpu_that_is_full_at_load_is_tried_again_later(machine: Machine) -> No
     before = engine.run(rows(2)), engine.placement.out_of_memory
     machine.now_s += COOL_DOWN_S
     still_full = engine.run(rows(2))
-    deadline = time.monotonic() + 10
-    while len(machine.gpu.sessions) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    await_load()
     machine.gpu.is_full = False
     machine.now_s += COOL_DOWN_S
-    while engine.run(rows(2)).execution == ON_CPU and time.monotonic() < deadline:
-        time.sleep(0.001)
+    engine.run(rows(2))
+    await_load()
 
     assert (before[0].execution, before[1], still_full.execution) == (ON_CPU, True, ON_CPU)
     assert engine.run(rows(2)).execution == ON_GPU
@@ -233,12 +237,8 @@ def test_a_gpu_that_is_gone_when_it_is_tried_again_is_left_alone_for_a_while(mac
     engine = machine.load()
     machine.gpu.is_full = machine.gpu.has_started = False
     machine.now_s += COOL_DOWN_S
-    deadline = time.monotonic() + 10
     engine.run(rows(2))
-    while len(machine.gpu.sessions) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    while any(thread.name == f"load-{DEVICE}" for thread in threading.enumerate()):
-        time.sleep(0.001)
+    await_load()
 
     outputs = [engine.run(rows(2)) for _ in range(20)]
 

@@ -782,6 +782,8 @@ while True:
         reported = process.stdout.read(8 * kill_after)
         process.send_signal(signal.SIGKILL)
         reported += process.stdout.read()
+        # Only then are its locks gone, too: the pipe's end comes before.
+        process.wait()
     answered = int(reported[len(reported) // 8 * 8 - 8 :][:8]) + 1
     reader = JournalReader(root)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers import has_ended, wait_until
+from servers import _children_of, has_ended, wait_until
 
 from phoenix_ml.application.ports import TrainingFailed
 from phoenix_ml.domain.errors import Misconfigured
@@ -77,7 +77,7 @@ def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_pat
         run(tmp_path, program, limit_s=6)
 
     child = int((tmp_path / "out" / "child").read_text())
-    wait_until(lambda: has_ended(child), 10, "the child has ended")
+    wait_until(lambda: has_ended(child), 30, "the child has ended")
 
 
 def test_a_command_that_takes_too_much_memory_fails_by_itself(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_trainer_dies_with_its_healer(tmp_path: Path) -> None:
     os.kill(pid, 9)
     os.waitpid(pid, 0)
 
-    wait_until(lambda: has_ended(trainer), 10, "the trainer has ended")
+    wait_until(lambda: has_ended(trainer), 30, "the trainer has ended")
 
 
 def test_what_a_trainer_has_started_dies_with_the_healer_too(tmp_path: Path) -> None:
@@ -173,9 +173,12 @@ def test_what_a_trainer_has_started_dies_with_the_healer_too(tmp_path: Path) -> 
             os._exit(0)
     written = tmp_path / "out" / "pid"
     wait_until(lambda: written.exists() and bool(written.read_text()), 30, "the child runs")
+    wait_until(
+        lambda: len(_children_of(pid)) == 2, 30, "who ends the command's children is there beside the command"
+    )
     child = int(written.read_text())
 
     os.kill(pid, 9)
     os.waitpid(pid, 0)
 
-    wait_until(lambda: has_ended(child), 10, "the child has ended")
+    wait_until(lambda: has_ended(child), 30, "the child has ended")
