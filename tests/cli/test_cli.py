@@ -329,7 +329,7 @@ def test_serve_refuses_a_feature_store_that_cannot_be_before_it_starts_a_process
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -975,7 +975,7 @@ def test_predictions_are_asked_for_listed_and_shown(server: PhoenixServer) -> No
             on(server, "predictions", "show", answer["prediction_id"]).exit_code == 0
             and stranger in on(server, "predictions", "unmatched").stdout
         ),
-        15,
+        60,
         "prediction and outcome are logged",
     )
 
@@ -1112,7 +1112,7 @@ def test_a_scoring_that_is_interrupted_says_what_is_on_record(
     # The first thousand are seen a moment before their writer has counted them, but none after them is.
     wait_until(lambda: count_predictions(data) > 1000, 60, "rows are on record")
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=120)
 
     assert process.returncode == 1
     assert "rows are on record, and no output is written: run the same command again" in shown

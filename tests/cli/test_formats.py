@@ -701,7 +701,7 @@ def without(libraries: str, *arguments: str | Path) -> subprocess.CompletedProce
         "from phoenix_ml.cli import main; main()"
     )
     command = [sys.executable, "-c", program, *map(str, arguments), "--data", "data"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_where_mlflow_is_can_be_forgotten(tmp_path: Path) -> None:
         [*command, "--id", "m", "--version", "1.0.0", "--data", "data"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -306,7 +306,7 @@ def without(libraries: str, *arguments: str | Path) -> subprocess.CompletedProce
         "from phoenix_ml.cli import main; main()"
     )
     command = [sys.executable, "-c", program, *map(str, arguments), "--data", "data"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("model", ["models:/credit@champion", "model"])

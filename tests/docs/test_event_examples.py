@@ -67,7 +67,7 @@ def test_the_program_that_follows_events_tells_what_was_predicted_and_what_came_
     script.write_text(code.replace("credit.inference-events", kafka.full_name(INFERENCE_EVENTS)))
 
     with _running(script, output):
-        wait_until(lambda: len(output.read_text().splitlines()) >= 2, 30, f"two lines in {output}")
+        wait_until(lambda: len(output.read_text().splitlines()) >= 2, 60, f"two lines in {output}")
 
     expected = [f"{made.id}: risk 1.0.0 says 1 of cust_99", f"{made.id}: it was repaid"]
     assert output.read_text().splitlines() == expected

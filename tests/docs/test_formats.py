@@ -36,7 +36,7 @@ def test_the_example_does_what_it_shows(tmp_path: Path) -> None:
             env=kept | {"PATH": path, "COLUMNS": "200"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         pattern = re.escape(_squeezed(shown)).replace("…", r"[^\n]*")

@@ -48,7 +48,7 @@ def test_an_answer_says_that_it_is_the_cpus_and_so_does_its_record(http: Lane) -
     assert (answer["result"], answer["device"]) == (3.25, "cpu")
     assert (tensors["outputs"][0]["data"], tensors["parameters"]["device"]) == ([3.25], "cpu")
     path = f"/predictions/{answer['prediction_id']}"
-    wait_until(lambda: http.request("GET", path).status_code == 200, 15, "the answer is in the log")
+    wait_until(lambda: http.request("GET", path).status_code == 200, 60, "the answer is in the log")
     assert ok(http.request("GET", path))["route"]["device"] == "cpu"
     replayed = ok(http.request("GET", f"{path}/replay"))
     assert (replayed["identical"], replayed["logged_device"], replayed["device"]) == (True, "cpu", "cpu")

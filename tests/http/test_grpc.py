@@ -24,7 +24,7 @@ from phoenix_ml.infrastructure.grpc import inference_pb2 as pb
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 SERVICE = "/inference.GRPCInferenceService/"
 ANSWERS: dict[str, type[Any]] = {
     name: getattr(pb, f"{name}Response")

@@ -213,7 +213,7 @@ def test_journal_bytes_and_lag_rise_while_nothing_is_logged_and_fall_after(
 ) -> None:
     """The gauges that tell of a log that stands still, before the disk is full."""
     ok(http.request("POST", "/predict", json={"model_id": "abc", "features": [1, 2, 3]}))
-    wait_until(lambda: total(http, "phoenix_journal_bytes") > 0, 15, "the gauge tells of the journal's bytes")
+    wait_until(lambda: total(http, "phoenix_journal_bytes") > 0, 60, "the gauge tells of the journal's bytes")
     server.kill_child("background", signal.SIGSTOP)
     try:
         answer = ok(http.request("POST", "/predict", json={"model_id": "abc", "features": [1, 2, 3]}))
@@ -226,7 +226,7 @@ def test_journal_bytes_and_lag_rise_while_nothing_is_logged_and_fall_after(
         lambda: (
             total(http, "phoenix_journal_pending_bytes") == 0 == total(http, "phoenix_journal_lag_seconds")
         ),
-        15,
+        60,
         "the gauges say that nothing waits",
     )
     assert total(http, "phoenix_log_rows_total") > 0

@@ -318,14 +318,14 @@ class Meeting:
         class PatientRegistry(SqlRegistry):
             def add(self, version: ModelVersion, actor: str) -> None:
                 meeting.other_waits.set()
-                assert meeting.refused.wait(10)
+                assert meeting.refused.wait(60)
                 super().add(version, actor)
 
         class MeetingEngines(OnnxEngines):
             def inspect(self, artifact: Path, hints: ModelHints) -> Metadata:
                 if hints.task == "clustering":
                     meeting.other.start()
-                    assert meeting.other_waits.wait(10)
+                    assert meeting.other_waits.wait(60)
                 return super().inspect(artifact, hints)
 
         self.engines = MeetingEngines()
@@ -921,7 +921,7 @@ class GatedEngines(OnnxEngines):
     def load(self, artifact: Path, metadata: Metadata, *wishes: Any, **options: Any) -> Engine:
         if artifact.name in self.gated:
             self.is_loading.set()
-            assert self.may_go_on.wait(10)
+            assert self.may_go_on.wait(60)
             if self.fails:
                 raise MemoryError
         return super().load(artifact, metadata, *wishes, **options)
@@ -946,7 +946,7 @@ class Slow:
 
     def finish(self) -> None:
         self.engines.may_go_on.set()
-        self.loader.join(10)
+        self.loader.join(60)
         assert not self.loader.is_alive()
 
 
@@ -971,7 +971,7 @@ def slow(platform: Platform) -> Iterator[Slow]:
 
     loader = threading.Thread(target=load)
     loader.start()
-    assert engines.is_loading.wait(10)
+    assert engines.is_loading.wait(60)
     slow = Slow(platform, engines, live, loader, failures)
     yield slow
     slow.finish()
@@ -1054,7 +1054,7 @@ def test_a_change_returns_when_its_model_is_loaded_by_whomever(slow: Slow) -> No
     caller = threading.Thread(target=change)
     caller.start()
     slow.finish()
-    caller.join(10)
+    caller.join(60)
 
     assert seen == ["2.0.0"]
     assert slow.platform.loads("2.0.0", "loaded") == 1

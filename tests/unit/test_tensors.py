@@ -96,7 +96,9 @@ def test_json_flat_or_nested_is_the_same_tensor(tensor: Tensor) -> None:
     shape = list(array.shape)
     decoded = []
     for data in (array.reshape(-1).tolist(), array.tolist()):
-        text = json.dumps(data).replace("NaN", "null")
+        text = json.dumps(data)
+        if array.dtype.kind == "f":  # a text may read NaN
+            text = text.replace("NaN", "null")
         body = f'{{"inputs":[{{"name":"x","datatype":"{tensor.datatype}","shape":{shape},"data":{text}}}]}}'
         request, _ = decode_infer("m", None, body.encode(), None)
         decoded.append(request.inputs["x"])
