@@ -1394,7 +1394,7 @@ def test_the_log_role_runs_by_itself_with_metrics(tmp_path: Path) -> None:
         metrics = httpx.get(f"http://127.0.0.1:{port}/metrics")
         nothing = httpx.get(f"http://127.0.0.1:{port}/nothing")
         process.send_signal(signal.SIGTERM)
-        code = process.wait(30)
+        code = process.wait(60)
     finally:
         process.kill()
         process.wait()

@@ -216,5 +216,5 @@ def _first_answer(server: PhoenixServer) -> httpx.Response:
             return False
         return True
 
-    wait_until(answered, 30, "the new process answers")
+    wait_until(answered, 60, "the new process answers")
     return answers[0]

@@ -457,7 +457,7 @@ def test_a_process_that_dies_is_replaced_and_no_request_meets_a_server_that_know
         asker.start()
     try:
         troubled.wait_for_child("api-0", after=killed)
-        wait_until(lambda: len(answers) > 20, 30, "the new process answers")
+        wait_until(lambda: len(answers) > 20, 60, "the new process answers")
     finally:
         over.set()
         for asker in askers:
