@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from confluent_kafka import Consumer, Message
 from roads import Item, KafkaRoad, LocalRoad, Road, read_items
 from sample_events import outcome, prediction
 from servers import HOST, KafkaServer, free_port
@@ -310,3 +312,23 @@ def test_a_kafka_that_does_not_answer_is_told_of_in_time(kafka_server: KafkaServ
     for error in errors:
         assert isinstance(error, EventsUnavailable)
         assert f"{url} does not answer: " in error.message
+
+
+class Mute(Consumer):
+    """What a consumer sees of a Kafka that tells how many messages there are, and then gives none of them."""
+
+    def consume(self, *_: Any) -> list[Message]:
+        return []
+
+
+class MuteKafka(Kafka):
+    def consumer(self, group: str, **properties: Any) -> Consumer:
+        return self._made(Mute, {"group.id": self.full_name(group), **properties})
+
+
+def test_letters_that_kafka_does_not_give_are_not_passed_over(kafka: KafkaRoad, kafka_url: str) -> None:
+    """Who reads that there are no dead letters looks no further."""
+    buried(kafka, [prediction()])
+
+    with pytest.raises(EventsUnavailable, match="it gave 0 of 1 dead letters"):
+        MuteKafka(kafka_url, partitions=3).dead_letters().letters(10)

@@ -1,8 +1,9 @@
 """A command of the user's trains: within its limits, with its output kept, and gone with all that it started."""
 
-import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -144,20 +145,30 @@ def test_a_command_that_cannot_be_filled_in_is_refused_at_the_start(command: str
         ProcessTrainer(command, limit_s=5, memory_bytes=None)
 
 
+@contextmanager
+def healer(folder: Path, program: str) -> Iterator[int]:
+    """A process that trains with the program: its id."""
+    (folder / "out").mkdir()
+    (folder / "train.py").write_text(program)
+    command = f"{sys.executable} {folder / 'train.py'}"
+    heals = (
+        "from pathlib import Path\n"
+        "from phoenix_ml.infrastructure.training.process import ProcessTrainer\n"
+        f"trainer = ProcessTrainer({command!r}, limit_s=600, memory_bytes=None)\n"
+        f"fields = {{'export': '', 'out': {str(folder / 'out')!r}, 'model': '', 'version': ''}}\n"
+        f"trainer.train(fields, Path({str(folder / 'log')!r}), lambda: True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", heals]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
 def test_a_trainer_dies_with_its_healer(tmp_path: Path) -> None:
     """Else a healer that was killed would leave a training that nobody knows of, and the next one starts another."""
-    pid = os.fork()
-    if pid == 0:  # the healer
-        try:
-            run(tmp_path, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)")
-        finally:
-            os._exit(0)
-    written = tmp_path / "out" / "pid"
-    wait_until(lambda: written.exists() and bool(written.read_text()), 30, "the trainer runs")
-    trainer = int(written.read_text())
-
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
+    with healer(tmp_path, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"):
+        trainer = await_pid(tmp_path / "out" / "pid")
 
     wait_until(lambda: has_ended(trainer), 30, "the trainer has ended")
 
@@ -165,20 +176,19 @@ def test_a_trainer_dies_with_its_healer(tmp_path: Path) -> None:
 def test_what_a_trainer_has_started_dies_with_the_healer_too(tmp_path: Path) -> None:
     """The program that trains is often a child of the command: ``uv run train.py``, ``make train``."""
     inner = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
-    pid = os.fork()
-    if pid == 0:  # the healer
-        try:
-            run(tmp_path, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])")
-        finally:
-            os._exit(0)
-    written = tmp_path / "out" / "pid"
-    wait_until(lambda: written.exists() and bool(written.read_text()), 30, "the child runs")
-    wait_until(
-        lambda: len(_children_of(pid)) == 2, 30, "who ends the command's children is there beside the command"
-    )
-    child = int(written.read_text())
-
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
+    with healer(
+        tmp_path, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    ) as pid:
+        child = await_pid(tmp_path / "out" / "pid")
+        wait_until(
+            lambda: len(_children_of(pid)) == 2,
+            30,
+            "who ends the command's children is there beside the command",
+        )
 
     wait_until(lambda: has_ended(child), 30, "the child has ended")
+
+
+def await_pid(written: Path) -> int:
+    wait_until(lambda: written.exists() and bool(written.read_text()), 60, f"a process is in {written}")
+    return int(written.read_text())

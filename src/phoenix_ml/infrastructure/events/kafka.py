@@ -532,10 +532,15 @@ class KafkaDeadLetters:
         (committed,) = _settled(consumer, lambda: consumer.committed([partition], _PATIENCE_S))
         start = max(first, committed.offset)
         consumer.assign([TopicPartition(self._topic, 0, start)])
+        wanted = min(limit, end - start)
         messages: list[Message] = []
         give_up_at = time.monotonic() + _PATIENCE_S
-        while len(messages) < min(limit, end - start) and time.monotonic() < give_up_at:
-            messages += [m for m in consumer.consume(min(limit, end - start), 0.5) if m.error() is None]
+        while len(messages) < wanted:
+            if time.monotonic() > give_up_at:
+                raise self._kafka.unavailable(f"it gave {len(messages)} of {wanted} dead letters")
+            if found := [message for message in consumer.consume(wanted, 0.5) if message.error() is None]:
+                messages += found
+                give_up_at = time.monotonic() + _PATIENCE_S
         return messages[:limit]
 
 
