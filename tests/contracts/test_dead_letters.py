@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Message
-from roads import Item, KafkaRoad, LocalRoad, Road, read_items
+from roads import Item, KafkaRoad, LocalRoad, Road, read_items, take_items
 from sample_events import outcome, prediction
 from servers import HOST, KafkaServer, free_port
 
@@ -22,14 +22,13 @@ from phoenix_ml.infrastructure.events.kafka import Kafka
 from phoenix_ml.settings import fixed_settings
 
 # Kafka has 5 s to answer; a busy machine and the end of the connection have the rest.
-KAFKA_DEADLINE_S = 15.0
+KAFKA_DEADLINE_S = 30.0
 
 
 def take(road: Road, count: int) -> list[Item]:
     """The next items, which the road then forgets."""
     source = road.source()
-    items = read_items(source, count)
-    source.commit()
+    items = take_items(source, count)
     source.read(1)
     source.commit()
     return items

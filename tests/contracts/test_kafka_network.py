@@ -7,6 +7,7 @@ from contextlib import closing
 import msgspec
 import pytest
 from proxy import FaultProxy
+from roads import read_batch
 from sample_events import SCHEMA, prediction
 from servers import HOST, KafkaServer, wait_until
 
@@ -68,7 +69,7 @@ def test_a_worker_that_stops_while_kafka_hangs_does_not_wait_for_it(kafka_server
         events = KafkaEvents(kafka)
         with closing(KafkaOutbox(kafka)) as outbox:
             outbox.send(INFERENCE_EVENTS, [encode_record(msgspec.msgpack.encode(prediction()), SCHEMA)])
-        wait_until(lambda: bool(events.read(10)), 30, "the worker is a member and has read")
+        read_batch(events, 10)  # so it is a member
         events.commit()
         network.hang()
         closed = threading.Event()

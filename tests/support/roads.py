@@ -1,6 +1,7 @@
 """The two roads from where events are put on record to the log: the journal itself, and a real Kafka."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from sample_events import DIGEST, SCHEMA
 from servers import wait_until
 
 from phoenix_ml.application.ports import DeadLetters, EventSource, RecordedEvent, UnreadableEvent
+from phoenix_ml.domain.errors import EventsUnavailable
 from phoenix_ml.domain.events import Event
 from phoenix_ml.infrastructure.events.cloudevents import Message, encode_record
 from phoenix_ml.infrastructure.events.deadletters import FileDeadLetters
@@ -40,14 +42,37 @@ class Road(Protocol):
 
 
 def read_items(source: EventSource, count: int) -> list[Item]:
-    """So many items, without a commit between them; a source may need a moment to begin."""
+    """So many items, without a commit between them; a source, and its Kafka, may need a moment to begin."""
     items: list[Item] = []
 
     def all_read() -> bool:
-        items.extend(source.read(count - len(items)))
+        with suppress(EventsUnavailable):
+            items.extend(source.read(count - len(items)))
         return len(items) >= count
 
     wait_until(all_read, ARRIVAL_DEADLINE_S, f"{count} items come")
+    return items
+
+
+def read_batch(source: EventSource, most: int) -> list[Item]:
+    """What comes first, at least one item: how many come at once is Kafka's choice."""
+    items: list[Item] = []
+
+    def any_read() -> bool:
+        with suppress(EventsUnavailable):
+            items.extend(source.read(most))
+        return bool(items)
+
+    wait_until(any_read, ARRIVAL_DEADLINE_S, "an item comes")
+    return items
+
+
+def take_items(source: EventSource, count: int) -> list[Item]:
+    """So many items, as a log worker takes them: each batch is committed before the next is read."""
+    items: list[Item] = []
+    while len(items) < count:
+        items += read_batch(source, count - len(items))
+        source.commit()
     return items
 
 

@@ -320,7 +320,8 @@ class UnreadableEvent(Struct, frozen=True):
 class EventSource(Protocol):
     """Recorded events, at least once and in order for each process that made them.
 
-    ``read`` and ``commit`` raise EventsUnavailable when the events cannot be reached.
+    Each ``read`` is followed by ``commit`` or ``rewind`` before the next. ``read`` and ``commit`` raise
+    EventsUnavailable when the events cannot be reached.
     """
 
     def read(self, max_events: int) -> list[RecordedEvent | UnreadableEvent]:
