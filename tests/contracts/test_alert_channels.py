@@ -135,7 +135,7 @@ class Mailbox:
 
 @contextmanager
 def mail_server(box: Mailbox) -> Iterator[int]:
-    controller = Controller(box, hostname=HOST, port=free_port())
+    controller = Controller(box, hostname=HOST, port=free_port(), ready_timeout=30)
     controller.start()
     yield controller.port
     controller.stop()
@@ -211,7 +211,8 @@ def test_attempts_that_failed_do_not_arrive_when_kafka_is_back(
     kafka_server: KafkaServer, kafka_url: str
 ) -> None:
     """An outage of a day is hundreds of attempts: people must not be told once for each of them."""
-    kafka = Kafka(kafka_url, partitions=1)
+    # By default a client that has tried in vain for a while looks up to 7.5 s later whether Kafka is back.
+    kafka = Kafka(f"{kafka_url}?reconnect.backoff.max.ms=500", partitions=1)
     kafka.create_topics()
     probe, waited, after = delivery(), delivery(), delivery()
     with closing(KafkaChannel(kafka, timeout_s=5.0)) as told, closing(KafkaChannel(kafka)) as another:

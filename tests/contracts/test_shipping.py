@@ -90,7 +90,7 @@ def partitions(admin: AdminClient, kafka: Kafka) -> dict[str, int]:
             counts[name] = len(there[full].partitions) if (full := kafka.full_name(name)) in there else 0
         return all(counts.values())
 
-    wait_until(all_there, 10, "the topics are there")
+    wait_until(all_there, 30, "the topics are there")
     return counts
 
 

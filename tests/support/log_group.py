@@ -33,10 +33,8 @@ class Group:
 
     def assignments(self) -> dict[str, int]:
         """The partitions that each member has; empty while the group is not settled."""
-        found = self._admin.describe_consumer_groups([self._name])[self._name].result()
-        if found.state.name != "STABLE":
-            return {}
-        return {member.member_id: len(member.assignment.topic_partitions) for member in found.members}
+        state, partitions = self._described()
+        return partitions if state == "STABLE" else {}
 
     def await_members(self, *partitions: int, deadline_s: float = 30.0) -> set[str]:
         """Their ids, once there are members with so many partitions each."""
@@ -56,7 +54,8 @@ class Group:
         wait_until(lambda: self._committed() == self._ends(), 30, "all is logged and committed")
 
     def rewind(self) -> None:
-        """The group, which must have no member, begins again with the first event."""
+        """The group begins again with the first event, once Kafka knows of no member any more."""
+        wait_until(lambda: self._described()[0] == "EMPTY", 30, "the group has no member")
         first = [TopicPartition(self._topic, number, 0) for number in range(PARTITIONS)]
         request = ConsumerGroupTopicPartitions(self._name, first)
         (future,) = self._admin.alter_consumer_group_offsets([request]).values()
@@ -73,7 +72,7 @@ class Group:
         consumer.assign([TopicPartition(self._kafka.full_name(topic), 0, 0)])
 
         def there() -> bool:
-            messages.extend(consumer.consume(1000, 0.5))
+            messages.extend(message for message in consumer.consume(1000, 0.5) if message.error() is None)
             return len(messages) >= count
 
         try:
@@ -96,6 +95,14 @@ class Group:
             producer.flush()
         return places
 
+    def _described(self) -> tuple[str, dict[str, int]]:
+        """The group's state and the partitions of each member; no state while Kafka cannot tell."""
+        with suppress(KafkaException):
+            found = self._admin.describe_consumer_groups([self._name])[self._name].result()
+            members = {one.member_id: len(one.assignment.topic_partitions) for one in found.members}
+            return found.state.name, members
+        return "", {}
+
     def _ends(self) -> dict[int, int]:
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         asked = {TopicPartition(self._topic, number): latest for number in range(PARTITIONS)}
@@ -112,8 +119,11 @@ class Group:
         wait_until(asked_all, 30, "Kafka tells the ends of its partitions")
         return {number: end for number, end in ends.items() if end > 0}
 
-    def _committed(self) -> dict[int, int]:
-        (future,) = self._admin.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(self._name)]
-        ).values()
-        return {p.partition: p.offset for p in future.result().topic_partitions}
+    def _committed(self) -> dict[int, int] | None:
+        """None while Kafka cannot tell."""
+        with suppress(KafkaException):
+            (future,) = self._admin.list_consumer_group_offsets(
+                [ConsumerGroupTopicPartitions(self._name)]
+            ).values()
+            return {p.partition: p.offset for p in future.result().topic_partitions}
+        return None

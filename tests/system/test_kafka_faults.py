@@ -30,11 +30,13 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 CLIENTS = 4
 PAUSE_S = 0.02
-# No call waits for Kafka or PostgreSQL; this much is granted to a busy machine with two cores.
-CALL_DEADLINE_S = 2.0
+# No call waits for Kafka or PostgreSQL, for which ours have 5 s and more; so much is granted to a busy machine.
+CALL_DEADLINE_S = 5.0
 # Kafka takes a member that says nothing for dead after 10 s.
 SESSION_S = 10.0
-TAKEOVER_S = SESSION_S + 5.0
+TAKEOVER_S = SESSION_S + 20.0
+# A worker that went without a word is missed this long after its last heartbeat, of which it sends one in 2 s.
+UNMISSED_S = SESSION_S - 2.5
 
 MakeServer: TypeAlias = Callable[..., PhoenixServer]
 
@@ -121,7 +123,7 @@ def assert_quiet(log: str) -> None:
 
 def metric(server: PhoenixServer, name: str) -> float:
     """The metric's value, over all processes."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
@@ -275,7 +277,7 @@ def test_everything_delivered_twice_is_stored_once(make_server: MakeServer) -> N
             traffic.ask(500, CLIENTS)
             assert_all_logged(server, traffic)
             workers[0].terminate()
-            assert workers[0].wait(10) == 0
+            assert workers[0].wait(60) == 0
         group.rewind()
 
         with log_workers(server, 1):
@@ -313,7 +315,7 @@ def test_poison_goes_to_the_dead_topic_and_stops_nothing(make_server: MakeServer
             assert (letter.key(), letter.value()) == (key, value)
             assert [h for h in letter.headers() or [] if not h[0].startswith("phoenix_")] == headers
             assert reason in header(letter, "phoenix_reason")
-        wait_until(lambda: metric(server, "phoenix_log_dead_total") == len(poison), 10, "all are counted")
+        wait_until(lambda: metric(server, "phoenix_log_dead_total") == len(poison), 30, "all are counted")
         assert (traffic.refusals, traffic.broken) == ([], 0)
         assert_all_logged(server, traffic)
 
@@ -424,10 +426,10 @@ def test_stopped_log_worker_hands_over_at_once(make_server: MakeServer) -> None:
         with traffic.flowing(CLIENTS):
             traffic.await_answers(100)
             workers[0].terminate()
-            exit_code = workers[0].wait(SESSION_S / 2)
-            group.await_members(PARTITIONS, deadline_s=SESSION_S / 2)
+            exit_code = workers[0].wait(60)
+            group.await_members(PARTITIONS, deadline_s=UNMISSED_S)
             with server.opened() as phoenix:
-                await_logged(phoenix, MODEL, set(traffic.answers), SESSION_S / 2)
+                await_logged(phoenix, MODEL, set(traffic.answers))
 
         assert exit_code == 0
         assert (traffic.refusals, traffic.broken) == ([], 0)
@@ -442,7 +444,7 @@ def test_stopped_server_has_shipped_all_that_it_answered(make_server: MakeServer
         with traffic.flowing(CLIENTS):
             traffic.await_answers(100)
             kafka.freeze()
-            traffic.await_answers(500)
+            traffic.await_answers(200)
             kafka.thaw()
             exit_code = server.stop()
 
