@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import onnx_models
 import pytest
 from deploy_servers import DEPLOY, NginxServer
 from phoenix_server import PhoenixServer
-from servers import HOST, wait_until
+from servers import wait_until
 from traffic import await_logged
 
 from phoenix_ml.settings import Settings
@@ -66,17 +65,6 @@ def _answered(server: PhoenixServer) -> int:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     counts = [line for line in lines if line.startswith("phoenix_predictions_total{")]
     return sum(int(float(line.rpartition(" ")[2])) for line in counts)
-
-
-def _kill(server: PhoenixServer) -> None:
-    """Returns when the last of the server's processes has lost its sockets."""
-    server.kill()
-    wait_until(lambda: not _listens(server.port), 10, "nobody listens any more")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
 
 
 def test_requests_go_to_both_servers_in_turn(client: httpx.Client, replicas: list[PhoenixServer]) -> None:
@@ -185,7 +173,7 @@ def test_no_request_fails_after_a_server_died(
     dying, _ = replicas
     assert {client.post("/predict", json=PREDICT).status_code for _ in range(10)} == {200}
 
-    _kill(dying)
+    dying.kill()
     codes = Counter(client.post("/predict", json=PREDICT).status_code for _ in range(200))
 
     assert codes == {200: 200}
@@ -196,7 +184,7 @@ def test_no_request_fails_after_a_server_died(
         assert client.post("/predict", json=PREDICT).status_code == 200
         return _answered(dying) > before
 
-    wait_until(is_asked_again, 10, "the server that came back is asked again")
+    wait_until(is_asked_again, 30, "the server that came back is asked again")
 
 
 def test_a_prediction_that_may_be_on_record_is_not_asked_twice(
@@ -213,7 +201,7 @@ def test_a_prediction_that_may_be_on_record_is_not_asked_twice(
     dying.kill_child("api-0", signal.SIGSTOP)
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask) for _ in range(8)]
-        wait_until(lambda: sum(one.done() for one in asked) >= 3, 10, "the other server answers its share")
+        wait_until(lambda: sum(one.done() for one in asked) >= 3, 60, "the other server answers its share")
         dying.kill()
         answers = [one.result() for one in asked]
     dying.start()

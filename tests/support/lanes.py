@@ -22,7 +22,7 @@ from phoenix_ml.infrastructure.telemetry.meter import MetricsMeter
 from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
 
 ANSWER_DEADLINE_S = 30.0
-LOG_DEADLINE_S = 15.0
+LOG_DEADLINE_S = 60.0
 
 # Of the server that all HTTP tests share: lower than the defaults, so that tests reach them.
 BATCH_LIMIT = 50

@@ -22,6 +22,7 @@ from servers import (
     _spawner,
     _tied_to_this_run,
     free_port,
+    has_ended,
     wait_until,
 )
 
@@ -161,9 +162,11 @@ class PhoenixServer:
             return
         # The parent first, and until it truly stands still: after that it starts nothing.
         _freeze([process.pid])
-        for pid in [process.pid, *_children_of(process.pid)]:
+        children = _children_of(process.pid)
+        for pid in [process.pid, *children]:
             _send(pid, signal.SIGKILL)
         process.wait()
+        wait_until(lambda: all(map(has_ended, children)), STOP_DEADLINE_S, "its processes have ended")
 
     def kill_supervisor(self) -> None:
         """Ends the supervisor alone with SIGKILL: its processes must notice by themselves."""
@@ -187,7 +190,9 @@ class PhoenixServer:
 
     def log_records(self) -> list[dict[str, Any]]:
         """The log's JSON lines."""
-        return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        # The last line may be in the writing.
+        whole, _, _ = self.log().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def __enter__(self) -> Self:
         self.start()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from servers import HOST, free_port
 
-SWITCH_DEADLINE_S = 10.0
+SWITCH_DEADLINE_S = 30.0
 CHUNK_BYTES = 65_536
 CHUNKS_IN_FLIGHT = 64
 DEFAULT_PORTS = {"redis": 6379, "postgresql": 5432, "http": 80}

@@ -102,7 +102,8 @@ def trickling(start: bytes) -> Iterator[int]:
                             return
                     caller.sendall(b"x")
 
-        thread = threading.Thread(target=answer)
+        # Whoever should call may have given up before: then nobody ends its wait.
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         yield server.getsockname()[1]
         thread.join(30)

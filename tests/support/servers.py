@@ -23,7 +23,8 @@ from uuid import uuid4
 
 HOST = "127.0.0.1"
 START_DEADLINE_S = 30.0
-STOP_DEADLINE_S = 20.0
+STOP_DEADLINE_S = 60.0
+FREEZE_DEADLINE_S = 30.0
 POLL_S = 0.01
 LOG_TAIL_LINES = 20
 INSTALL_SCRIPT = Path(__file__).with_name("install_servers.sh")
@@ -32,6 +33,7 @@ KAFKA_JARS = Path(__file__).parents[2] / ".venv" / "kafka"
 # The kernel's parent-death signal follows the thread that forked, not the process: a server restarted inside
 # `asyncio.to_thread` would die with that pool. This thread lives as long as the test run.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-spawner")
+_given_ports: set[int] = set()
 
 
 class ServerUnavailable(RuntimeError):
@@ -58,16 +60,19 @@ def has_ended(pid: int) -> bool:
 
 
 def free_port() -> int:
-    """A local port that nobody listens on, and that stays free while its server is down.
+    """A local port that nobody listens on, and that stays free while its server is down: none is given twice.
 
     It lies below the range from which Linux takes ports for outgoing connections (32768 and up): otherwise a
     client that retries against a dead server may be given that very port, and connect to itself.
     """
     while True:
         port = random.randint(15_000, 32_000)
+        if port in _given_ports:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
+            _given_ports.add(port)
             return port
 
 
@@ -709,7 +714,7 @@ def _send(pid: int, number: signal.Signals) -> None:
 def _freeze(pids: list[int]) -> None:
     for pid in pids:
         _send(pid, signal.SIGSTOP)
-    wait_until(lambda: all(map(_stands_still, pids)), 5, f"processes {pids} stand still")
+    wait_until(lambda: all(map(_stands_still, pids)), FREEZE_DEADLINE_S, f"processes {pids} stand still")
 
 
 def _state_and_parent(pid: int) -> tuple[str, int] | None:
