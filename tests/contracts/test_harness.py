@@ -24,11 +24,12 @@ from servers import (
     ServerError,
     ServerUnavailable,
     free_port,
+    has_ended,
     wait_until,
 )
 
 SHORT_S = 0.2
-LONG_S = 10.0
+LONG_S = 30.0
 TESTS = Path(__file__).parents[1]
 
 
@@ -247,6 +248,28 @@ def listens(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     return True
+
+
+def test_a_process_whose_first_thread_alone_has_ended_goes_on() -> None:
+    """As one that was killed does for a moment: until its last thread has ended it holds its connections."""
+    script = (
+        "import ctypes, threading\n"
+        "threading.Thread(target=input).start()\n"
+        "print(flush=True)\n"
+        "ctypes.CDLL(None).pthread_exit(None)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: b") Z " in stat.read_bytes(), LONG_S, "its first thread has ended")
+        goes_on = not has_ended(process.pid)
+        process.kill()
+        wait_until(lambda: has_ended(process.pid), LONG_S, "it has ended")
+
+    assert goes_on
 
 
 def test_a_server_restarted_in_a_thread_outlives_it(redis_server: RedisServer) -> None:

@@ -130,9 +130,12 @@ class PhoenixServer:
         return found
 
     def kill_child(self, slot: str, number: signal.Signals = signal.SIGKILL) -> int:
-        """Sends a signal to the process in the slot; returns which process that was."""
+        """Sends a signal to the process in the slot; returns which process that was, halted if so it was told."""
         pid = self.pids()[slot]
-        os.kill(pid, number)
+        if number is signal.SIGSTOP:
+            _freeze([pid])
+        else:
+            os.kill(pid, number)
         return pid
 
     def wait_for_child(self, slot: str, *, after: int) -> int:

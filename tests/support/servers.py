@@ -54,9 +54,8 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, expectation: st
 
 
 def has_ended(pid: int) -> bool:
-    """True once the process runs no more, whether or not its parent has taken note of it."""
-    facts = _state_and_parent(pid)
-    return facts is None or facts[0] in "ZX"
+    """True once the process runs no more and has closed its files, whether or not its parent has taken note of it."""
+    return _states_of_threads(pid) <= {"Z", "X"}
 
 
 def free_port() -> int:
@@ -717,9 +716,9 @@ def _freeze(pids: list[int]) -> None:
     wait_until(lambda: all(map(_stands_still, pids)), FREEZE_DEADLINE_S, f"processes {pids} stand still")
 
 
-def _state_and_parent(pid: int) -> tuple[str, int] | None:
+def _state_and_parent(process_or_thread: Path) -> tuple[str, int] | None:
     try:
-        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        line = (process_or_thread / "stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The program's name, in parentheses, may itself hold spaces and parentheses.
@@ -728,10 +727,18 @@ def _state_and_parent(pid: int) -> tuple[str, int] | None:
 
 
 def _children_of(pid: int) -> list[int]:
-    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [child for child in everyone if (_state_and_parent(child) or ("", 0))[1] == pid]
+    everyone = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [int(child.name) for child in everyone if (_state_and_parent(child) or ("", 0))[1] == pid]
+
+
+def _states_of_threads(pid: int) -> set[str]:
+    """None where the process is gone. Its first thread, whose state is the process's, ends and halts before others."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    return {facts[0] for thread in threads if (facts := _state_and_parent(thread)) is not None}
 
 
 def _stands_still(pid: int) -> bool:
-    facts = _state_and_parent(pid)
-    return facts is None or facts[0] in "TtZX"
+    return _states_of_threads(pid) <= {"T", "t", "Z", "X"}

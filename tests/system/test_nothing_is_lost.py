@@ -217,7 +217,7 @@ def test_start_beside_a_worker_that_reads_the_journals_ends_and_says_why(tmp_pat
     wait_until(lambda: lock.exists() and (server.data / "phoenix.db").exists(), 30, "the worker works")
     try:
         server.spawn()
-        wait_until(lambda: server.exit_code is not None, 60, "it gives up")
+        wait_until(lambda: server.exit_code is not None, 120, "it gives up")
     finally:
         server.kill()
         worker.terminate()
