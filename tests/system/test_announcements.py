@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def api_server(settings: Settings) -> Iterator[httpx.Client]:
         try:
             wait_until(lambda: ready.is_set() or ended.is_set(), DEADLINE_S, "the server is ready")
             assert not ended.is_set()
-            with httpx.Client(base_url=f"http://{HOST}:{port}") as client:
+            with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=DEADLINE_S) as client:
                 yield client
         finally:
             if not ended.is_set():
@@ -113,23 +114,23 @@ def await_version(client: httpx.Client, version: str) -> None:
     wait_until(lambda: version_of(client) == version, DEADLINE_S, f"{version} answers")
 
 
-def await_followers(one: httpx.Client, other: httpx.Client) -> None:
-    """Returns when both listen: what was announced before that is not told to them."""
-    routings = itertools.cycle([SECOND, FIRST])
+def await_followers(*servers: httpx.Client) -> None:
+    """Returns when each listens to the others: what was announced before that is not told to it."""
+    for one, other in itertools.permutations(servers, 2):
+        wait_until(partial(hears, one, other), DEADLINE_S, "announcements are told")
+        route(one, FIRST)
+        await_version(other, "1.0.0")
 
-    def told() -> bool:
-        routing = next(routings)
-        route(one, routing)
-        expected = routing["arms"][0]["version"]
-        try:
-            wait_until(lambda: version_of(other) == expected, 0.5, "it is told")
-        except TimeoutError:
-            return False
-        return True
 
-    wait_until(told, DEADLINE_S, "announcements are told")
+def hears(one: httpx.Client, other: httpx.Client) -> bool:
+    """Whether the other is told of two changes on the one; before that it answers by the first version."""
     route(one, FIRST)
-    await_version(other, "1.0.0")
+    route(one, SECOND)
+    try:
+        wait_until(lambda: version_of(other) == "1.1.0", 0.5, "it is told")
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_a_change_on_one_server_is_in_force_on_the_other_without_a_poll(
