@@ -40,7 +40,7 @@ from phoenix_ml.infrastructure.features.redis_roads import slot_of
 pytestmark = pytest.mark.anyio
 
 PATIENT_MS = 10_000.0
-SHORT_MS = 200.0
+SHORT_MS = 500.0
 RECOVERY_DEADLINE_S = 30.0
 INTEGER = {"n": FeatureType.INTEGER}
 ALL_TYPES = {
@@ -495,7 +495,7 @@ async def test_an_answer_that_nobody_asked_for_ends_the_connection(open_store: O
     answer = b"*3\r\n$1\r\n7\r\n$-1\r\n$-1\r\n"
     server = Scripted(answer + b"*3\r\n$3\r\n666\r\n$-1\r\n$-1\r\n", b"+PONG\r\n", answer)
     async with server.serve() as url:
-        store = open_store(url, SHORT_MS)
+        store = open_store(url)
         found = [await recovered(store), await recovered(store)]
 
     assert [StoredFeatures({"n": 7})] * 2 == found
@@ -604,7 +604,7 @@ async def test_a_node_that_fails_costs_its_own_entities_alone(
     store = open_store(redis_cluster_url, SHORT_MS)
     one_each = {node_of(redis_cluster, f"e{n}"): f"e{n}" for n in range(50)}
     await store.write({entity_id: {"n": node} for node, entity_id in one_each.items()}, 1_000)
-    await store.check(patience_s=5.0)
+    await store.check(patience_s=10.0)
     await asyncio.to_thread(getattr(redis_cluster.nodes[2], fault))
 
     with pytest.raises(FeatureStoreUnavailable):
@@ -741,7 +741,7 @@ async def test_a_redis_that_hangs_costs_no_more_than_the_deadline(
     reads = await asyncio.gather(*(store.read("e", INTEGER) for _ in range(20)), return_exceptions=True)
 
     assert {type(outcome) for outcome in reads} == {FeatureStoreUnavailable}
-    assert "200 ms" in str(reads[0])
+    assert f"{SHORT_MS:g} ms" in str(reads[0])
     assert time.monotonic() - started < 20 * SHORT_MS / 1000, "each waited in turn"
 
 
@@ -751,7 +751,7 @@ async def test_checks_of_a_redis_that_hangs_hold_no_read_beyond_its_deadline(
     """An orchestrator asks for readiness all the time, and predictions share the connection with that."""
     store = open_store(redis_server.url, SHORT_MS)
     await store.write({"e": {"n": 1}}, 1_000)
-    await store.check(patience_s=1.0)
+    await store.check(patience_s=10.0)
     # A first failure would have the rest refused at once: each round is a Redis that has just begun to hang.
     for _ in range(3):
         await recovered(store)
@@ -819,13 +819,13 @@ async def test_a_pause_of_this_process_is_not_taken_for_one_of_redis(
     open_store: Opener, redis_url: str
 ) -> None:
     """A long inference on the loop must not throw the store away whose answer already lies in the socket."""
-    store = open_store(redis_url, 400.0)
+    store = open_store(redis_url, 1_000.0)
     await store.write({"e": {"n": 1}}, 1_000)
     await store.check()
     read = asyncio.create_task(store.read("e", INTEGER))
     await asyncio.sleep(0)
 
-    time.sleep(0.6)  # the loop stands still: that is the case, not a wait for something
+    time.sleep(1.5)  # the loop stands still: that is the case, not a wait for something
 
     stored = await read
     assert stored is not None

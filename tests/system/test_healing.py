@@ -160,7 +160,7 @@ def test_a_healer_that_is_killed_while_it_trains_leaves_one_challenger(tmp_path:
         people.ask(600, world=NOW)
         with server.opened() as phoenix:
             await_logged(phoenix, MODEL, people.answers)
-        httpx.post(f"{server.url}/retrain-jobs", json={"model_id": MODEL}).raise_for_status()
+        httpx.post(f"{server.url}/retrain-jobs", json={"model_id": MODEL}, timeout=30).raise_for_status()
         with working(server, "heal"):
             wait_until(lambda: len(trainers(server)) == 1, 60, "the trainer runs")
         (trainer,) = trainers(server)
