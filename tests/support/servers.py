@@ -266,7 +266,8 @@ class RedisClusterNode(RedisServer):
 
     def _command(self, folder: Path) -> list[str]:
         options = ["--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)]
-        options += ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"]
+        # Longer than a busy machine stands still: nodes that miss each other refuse everything for a while.
+        options += ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "3000"]
         return [*super()._command(folder), *options]
 
 
@@ -391,9 +392,10 @@ class RedisSentinel(RedisServer):
         config = folder / "sentinel.conf"
         if not config.exists():
             master = f"{self.SERVICE} {HOST} {self.servers[0].port} 1"
+            # Longer than a busy machine stands still, or there is a failover that no test asked for.
             config.write_text(
                 f"sentinel monitor {master}\n"
-                f"sentinel down-after-milliseconds {self.SERVICE} 500\n"
+                f"sentinel down-after-milliseconds {self.SERVICE} 2000\n"
                 f"sentinel failover-timeout {self.SERVICE} 2000\n"
             )
         tied, program = _tied_to_this_run(), super()._command(folder)[len(_tied_to_this_run())]
