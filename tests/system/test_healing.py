@@ -231,7 +231,7 @@ def test_planted_drift_leads_to_one_alert_one_request_and_one_challenger(spread_
             people.ask(600, shift=1.0, world=NOW)
             group.await_members(PARTITIONS)
             log.send_signal(signal.SIGTERM)
-            assert log.wait(30) == 0
+            assert log.wait(60) == 0
         group.rewind()
         with working(server, "log"):
             with working(server, "monitor", "alert", "heal") as second:
