@@ -155,7 +155,9 @@ def test_demo_is_the_same_whatever_the_settings_of_its_caller_are(tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_demo_that_is_ended_takes_its_server_along(tmp_path: Path, number: signal.Signals) -> None:
     """Whoever ends it, or closes its terminal, must not find the port taken by a server that nobody sees."""
-    command = [sys.executable, "-m", "phoenix_ml.cli", "demo", "--data", str(tmp_path / "demo")]
+    # Tests that were started with nohup would hand down that SIGHUP is ignored.
+    obeying = ["env", f"--default-signal={number.name}"]
+    command = [*obeying, sys.executable, "-m", "phoenix_ml.cli", "demo", "--data", str(tmp_path / "demo")]
     port = free_port()
     with (tmp_path / "demo.log").open("w") as log:
         demo = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
