@@ -68,3 +68,17 @@ def test_a_retraining_that_is_under_way_is_not_asked_for_twice(told: Run) -> Non
     assert "is asked for already, and requested: risk 1.0.0" in second
     assert first.split()[0] == second.split()[0]
     assert len(json.loads(told("heal", "status", "--json"))["items"]) == 1
+
+
+def test_the_status_comes_in_pages(told: Run) -> None:
+    """A year of retrainings does not fit on a screen."""
+    for name in ("risk", "price"):
+        told("heal", "run", name)
+    whole = json.loads(told("heal", "status", "--json"))["items"]
+
+    first = json.loads(told("heal", "status", "--limit", "1", "--json"))
+    second = json.loads(told("heal", "status", "--limit", "1", "--cursor", first["next_cursor"], "--json"))
+
+    assert [*first["items"], *second["items"]] == whole
+    assert second["next_cursor"] is None
+    assert f"more: --cursor {first['next_cursor']}" in told("heal", "status", "--limit", "1")

@@ -1042,8 +1042,8 @@ def test_two_who_ask_at_once_ask_for_one(phoenix: Phoenix) -> None:
     """Neither sees the other's job before there is one."""
 
     class Blind(SqlRetrainJobs):
-        def page(self, query: JobQuery) -> list[RetrainJob]:
-            return []
+        def page(self, query: JobQuery) -> tuple[list[RetrainJob], str | None]:
+            return [], None
 
     where = phoenix.registry, Blind(phoenix.database), phoenix.monitoring
     first, _ = ask_for_retraining(*where, "risk", "ann", AT_MS)

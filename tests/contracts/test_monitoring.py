@@ -295,7 +295,7 @@ def test_a_commit_from_a_position_that_was_left_stores_nothing(
     assert not stored
     assert monitoring.state("risk")[0].seq == 5
     assert monitoring.batches("risk", "1.0.0") == []
-    assert monitoring.reports("risk", "drift") == []
+    assert monitoring.reports("risk", "drift") == ([], None)
     assert monitoring.incidents(IncidentQuery()) == ([], None)
     assert monitoring.alerts(None, 10, None) == ([], None)
     assert (delivered_to(database), jobs(database)) == ([], [])
@@ -331,8 +331,8 @@ def test_the_newest_batches_and_reports_are_kept(database: Database, monitoring:
     monitoring.commit(step(start(monitoring), 5, batches=batches, reports=(*reports, other)))
 
     assert monitoring.batches("risk", "1.0.0") == list(batches[6:])
-    assert monitoring.reports("risk", "drift", limit=1000) == list(reports[:5:-1])
-    assert monitoring.reports("risk", "performance", "1.0.0") == [other]
+    assert monitoring.reports("risk", "drift", limit=1000) == (list(reports[:5:-1]), None)
+    assert monitoring.reports("risk", "performance", "1.0.0") == ([other], None)
 
 
 def test_one_cause_is_open_once(database: Database, monitoring: SqlMonitoring) -> None:
@@ -464,6 +464,23 @@ def test_idle_models_are_moved_on_together_unless_they_moved_themselves(
 
     assert monitoring.standings()["busy"].position == end
     assert monitoring.standings()["risk"].position.seq == 3
+
+
+def test_reports_come_in_pages(database: Database, monitoring: SqlMonitoring) -> None:
+    """All that are kept, each once, the newest first, ties of time included."""
+    reports = tuple(msgspec.structs.replace(report(n), created_at_ms=AT_MS + n // 3) for n in range(7))
+    monitoring.commit(step(start(monitoring), 1, reports=(*reports, report(0, "performance"))))
+
+    pages: list[list[MonitorReport]] = []
+    cursor = None
+    while not pages or cursor is not None:
+        page, cursor = monitoring.reports("risk", "drift", "1.0.0", 2, cursor)
+        pages.append(page)
+
+    expected = sorted(reports, key=lambda one: (one.created_at_ms, one.id), reverse=True)
+    assert pages == [expected[:2], expected[2:4], expected[4:6], expected[6:]]
+    with pytest.raises(InvalidField, match="cursor"):
+        monitoring.reports("risk", "drift", cursor="nowhere")
 
 
 def test_incidents_and_alerts_come_in_pages(database: Database, monitoring: SqlMonitoring) -> None:

@@ -11,8 +11,8 @@ from databases import empty
 from sample_events import AT_MS
 
 from phoenix_ml.application.ports import JobQuery
-from phoenix_ml.domain.errors import JobConflict, JobUnknown
-from phoenix_ml.domain.healing import JobStatus, RetrainJob
+from phoenix_ml.domain.errors import InvalidField, JobConflict, JobUnknown
+from phoenix_ml.domain.healing import JobStatus, RetrainJob, request_id
 from phoenix_ml.infrastructure.sql.database import Database
 from phoenix_ml.infrastructure.sql.healing import SqlRetrainJobs
 
@@ -42,8 +42,8 @@ def test_a_request_that_is_made_twice_is_one_job(jobs: SqlRetrainJobs) -> None:
     """Its id is made of what was seen, so that two monitors ask once."""
     assert [jobs.add(job()), jobs.add(job(reason="drift"))] == [True, False]
     assert jobs.get("a") == job()
-    assert jobs.page(JobQuery("risk")) == [job()]
-    assert jobs.page(JobQuery("other")) == []
+    assert jobs.page(JobQuery("risk")) == ([job()], None)
+    assert jobs.page(JobQuery("other")) == ([], None)
 
 
 def test_a_job_that_nobody_knows_is_said_so(jobs: SqlRetrainJobs) -> None:
@@ -85,9 +85,27 @@ def test_what_is_under_way_is_listed_without_what_has_ended(jobs: SqlRetrainJobs
     for i, status in enumerate(JobStatus):
         jobs.add(job(f"job-{i}", status=status, requested_at_ms=AT_MS - i))
 
-    listed = [one.status for one in jobs.page(JobQuery("risk", under_way=True))]
+    listed, _ = jobs.page(JobQuery("risk", under_way=True))
 
-    assert listed == [JobStatus.REQUESTED, JobStatus.TRAINING, JobStatus.CHECKING]
+    assert [one.status for one in listed] == [JobStatus.REQUESTED, JobStatus.TRAINING, JobStatus.CHECKING]
+
+
+def test_jobs_come_in_pages(jobs: SqlRetrainJobs) -> None:
+    """All of them, each once, the latest requested first, ties of time included."""
+    made = [job(request_id("risk", "1.0.0", "", [n]), requested_at_ms=AT_MS + n // 3) for n in range(7)]
+    for one in (*made, job("other", model_id="price")):
+        jobs.add(one)
+
+    pages: list[list[RetrainJob]] = []
+    cursor = None
+    while not pages or cursor is not None:
+        page, cursor = jobs.page(JobQuery("risk", limit=2, cursor=cursor))
+        pages.append(page)
+
+    expected = sorted(made, key=lambda one: (one.requested_at_ms, one.id), reverse=True)
+    assert pages == [expected[:2], expected[2:4], expected[4:6], expected[6:]]
+    with pytest.raises(InvalidField, match="cursor"):
+        jobs.page(JobQuery(cursor="nowhere"))
 
 
 def test_the_oldest_that_may_be_tried_comes_first(jobs: SqlRetrainJobs) -> None:

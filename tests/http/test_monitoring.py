@@ -43,6 +43,7 @@ ALERT = Alert(
     new_id(), "risk", "1.0.0", Severity.WARNING, "risk 1.0.0: income drifted", "…", (OPEN.id,), AT_MS
 )
 REPORT = MonitorReport(new_id(), "risk", "1.0.0", "drift", AT_MS, 1000, {"features": []})
+EARLIER = msgspec.structs.replace(REPORT, id=new_id(), created_at_ms=AT_MS - 1, rows=900)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerLane]:
     with server.opened() as phoenix:
         was = phoenix.monitoring.standings()["risk"].position
         step = MonitorStep(
-            "risk", was, was, b"", AT_MS, reports=(REPORT,), opened=(OPEN, RESOLVED), alert=ALERT
+            "risk", was, was, b"", AT_MS, reports=(EARLIER, REPORT), opened=(OPEN, RESOLVED), alert=ALERT
         )
         assert phoenix.monitoring.commit(step)
     with server:
@@ -75,7 +76,20 @@ def test_reports_incidents_and_alerts_are_shown(lane: ServerLane) -> None:
     assert (unresolved["incident_id"], unresolved["summary"]) == (OPEN.id, "income drifted")
     assert (alert["title"], alert["incidents"]) == (ALERT.title, [OPEN.id])
     performance = ok(lane.request("GET", "/monitoring/risk/performance"))
-    assert performance == {"items": [], "state": "insufficient data"}
+    assert performance == {"items": [], "next_cursor": None, "state": "insufficient data"}
+
+
+def test_reports_are_listed_page_by_page(lane: ServerLane) -> None:
+    """A chart of the drift over time reads all that are kept."""
+    first = ok(lane.request("GET", "/monitoring/risk/drift"))
+    second = ok(lane.request("GET", f"/monitoring/risk/drift?cursor={first['next_cursor']}"))
+    after = ok(lane.request("GET", f"/monitoring/risk/drift?cursor={EARLIER.created_at_ms}.{EARLIER.id}"))
+
+    assert [page["items"][0]["rows"] for page in (first, second)] == [1000, 900]
+    assert second["next_cursor"] is None
+    assert after == {"items": [], "next_cursor": None}
+    for kind in ("drift", "performance"):
+        refused(lane.request("GET", f"/monitoring/risk/{kind}?cursor=nowhere"), 422, "invalid_field")
 
 
 def test_a_check_is_asked_for_and_the_latest_report_shown(lane: ServerLane) -> None:

@@ -55,7 +55,24 @@ def test_a_retraining_that_is_asked_for_is_listed_with_who_asked(
     assert job["reason"].startswith("asked for by ")
     assert listed == [job]
     assert ok(lane.request("GET", f"/retrain-jobs/{job['job_id']}")) == job
-    assert ok(lane.request("GET", "/retrain-jobs?model_id=other")) == {"items": []}
+    assert ok(lane.request("GET", "/retrain-jobs?model_id=other")) == {"items": [], "next_cursor": None}
+
+
+def test_jobs_are_listed_page_by_page(lane: ServerLane, job: dict[str, Any]) -> None:
+    """Whoever follows the cursors sees what one long page would show."""
+    failed = ok(lane.request("POST", f"/retrain-jobs/{job['job_id']}/failure", json={"error": "no GPU"}), 202)
+    whole = ok(lane.request("GET", "/retrain-jobs?limit=1000"))
+
+    paged: list[Any] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = ok(lane.request("GET", f"/retrain-jobs?limit=1{cursor}"))
+        paged += page["items"]
+        cursor = page["next_cursor"] and f"&cursor={page['next_cursor']}"
+
+    assert failed in whole["items"]
+    assert (paged, whole["next_cursor"]) == (whole["items"], None)
+    refused(lane.request("GET", "/retrain-jobs?cursor=nowhere"), 422, "invalid_field")
 
 
 def test_a_retraining_that_is_under_way_is_not_asked_for_twice(lane: ServerLane, job: dict[str, Any]) -> None:

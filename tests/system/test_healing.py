@@ -130,7 +130,7 @@ def working(server: PhoenixServer, *roles: str) -> Iterator[subprocess.Popen[byt
 
 def jobs(server: PhoenixServer) -> list[RetrainJob]:
     with server.opened() as phoenix:
-        return phoenix.retrain_jobs.page(JobQuery(MODEL))
+        return phoenix.retrain_jobs.page(JobQuery(MODEL))[0]
 
 
 def versions(server: PhoenixServer) -> list[str]:

@@ -135,7 +135,8 @@ class World:
         return sorted(one.cause for one in found)
 
     def requests(self) -> list[str]:
-        return [job.reason for job in self.phoenix.retrain_jobs.page(JobQuery())]
+        jobs, _ = self.phoenix.retrain_jobs.page(JobQuery())
+        return [job.reason for job in jobs]
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ def test_the_report_that_is_kept_has_the_verdict_of_the_alarm(world: World) -> N
         world.see(world.rows(BATCH_ROWS, shift=0.15))
 
     assert world.incidents() == ["drift:income"]
-    (report,) = world.phoenix.monitoring.reports("risk", "drift")
+    ((report,), _) = world.phoenix.monitoring.reports("risk", "drift")
     verdicts = {one["feature"]: one["verdict"] for one in report.report["features"]}
     assert (verdicts["age"], verdicts["income"]) == ("steady", "drift")
 
@@ -332,11 +333,11 @@ def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(w
     world.set(error_rate=0.1)
     world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
     world.step()
-    (before,) = world.phoenix.monitoring.reports("risk", "performance")
+    ((before,), _) = world.phoenix.monitoring.reports("risk", "performance")
     world.set(tolerance=1.0)
     world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
     world.step()
-    (after,) = world.phoenix.monitoring.reports("risk", "performance")
+    ((after,), _) = world.phoenix.monitoring.reports("risk", "performance")
 
     assert "error_rate" not in before.report["quality"]
     assert after.report["quality"]["error_rate"] == 1.0

@@ -613,9 +613,14 @@ class Monitoring(Protocol):
         ...
 
     def reports(
-        self, model_id: str, kind: str, model_version: str | None = None, limit: int = 1
-    ) -> list[MonitorReport]:
-        """The newest first."""
+        self,
+        model_id: str,
+        kind: str,
+        model_version: str | None = None,
+        limit: int = 1,
+        cursor: str | None = None,
+    ) -> tuple[list[MonitorReport], str | None]:
+        """A page, the newest first, and the cursor of the next one, None at the end."""
         ...
 
     def request_check(self, model_id: str, at_ms: int) -> bool:
@@ -706,11 +711,14 @@ class Channel(Protocol):
 
 
 class JobQuery(Struct, frozen=True):
-    """Which retrain jobs to list; ``under_way`` leaves out those that have ended."""
+    """Which retrain jobs to list; ``under_way`` leaves out those that have ended. ``cursor`` is what the previous
+    page returned.
+    """
 
     model_id: str | None = None
     limit: int = 50
     under_way: bool = False
+    cursor: str | None = None
 
 
 class RetrainJobs(Protocol):
@@ -727,8 +735,8 @@ class RetrainJobs(Protocol):
         """Raises JobUnknown."""
         ...
 
-    def page(self, query: JobQuery) -> list[RetrainJob]:
-        """The latest requested first."""
+    def page(self, query: JobQuery) -> tuple[list[RetrainJob], str | None]:
+        """A page, the latest requested first, and the cursor of the next one, None at the end."""
         ...
 
     def lease(

@@ -34,14 +34,15 @@ def ask_for_retraining(
     champion = answering_version(registry, model_id)
     check_takes_rows(champion.metadata)
     is_paused = monitoring.settings(model_id).healing_paused
-    for known in jobs.page(JobQuery(model_id, limit=1000, under_way=True)):
+    under_way, _ = jobs.page(JobQuery(model_id, limit=1000, under_way=True))
+    for known in under_way:
         is_put_off = is_paused and bool(known.evidence) and known.status is JobStatus.REQUESTED
         if known.model_version == champion.version and not is_put_off:
             return known, False
-    latest = [job.id for job in jobs.page(JobQuery(model_id, limit=1))]
+    latest, _ = jobs.page(JobQuery(model_id, limit=1))
     job = RetrainJob(
         # Made of what was there, so that two who ask at once ask for one.
-        id=request_id(model_id, champion.version, "asked", latest),
+        id=request_id(model_id, champion.version, "asked", [one.id for one in latest]),
         model_id=model_id,
         model_version=champion.version,
         reason=f"asked for by {actor}",

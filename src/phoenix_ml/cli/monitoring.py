@@ -97,7 +97,7 @@ def drift_show(model_id: str, model_version: str | None, data: Path | None, as_j
             if model_version is None
             else [registry.get(model_id, model_version)]
         )
-        found = phoenix.monitoring.reports(model_id, "drift", model_version)
+        found, _ = phoenix.monitoring.reports(model_id, "drift", model_version)
     if all(version.metadata.baseline is None for version in versions):
         raise no_baseline(model_id, ", ".join(version.version for version in versions))
     if as_json:
@@ -287,10 +287,13 @@ def heal() -> None:
 @heal.command("status")
 @click.option("--model", "model_id", help="Only this model.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cursor", help="Where the previous page ended.")
 @data_option
 @json_option
 @example("phoenix-ml heal status")
-def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bool) -> None:
+def heal_status(
+    model_id: str | None, limit: int, cursor: str | None, data: Path | None, as_json: bool
+) -> None:
     """Retrain jobs, the latest requested first, and the models whose healing is paused."""
     from phoenix_ml.application.ports import JobQuery
     from phoenix_ml.application.reports import describe_job
@@ -298,11 +301,14 @@ def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bo
     with opened(data) as phoenix:
         if model_id is not None:
             phoenix.registry.list_versions(model_id)
-        items = [describe_job(job) for job in phoenix.retrain_jobs.page(JobQuery(model_id, limit))]
+        found, next_cursor = phoenix.retrain_jobs.page(JobQuery(model_id, limit, cursor=cursor))
         trainer = phoenix.settings.trainer
         paused = [name for name in _paused(phoenix) if model_id in (None, name)]
+    items = [describe_job(job) for job in found]
     if as_json:
-        show_json({"items": items, "has_trainer": bool(trainer), "paused": paused})
+        show_json(
+            {"items": items, "next_cursor": next_cursor, "has_trainer": bool(trainer), "paused": paused}
+        )
         return
     if not trainer:
         click.echo("no trainer is set (PHOENIX_TRAINER): requests wait")
@@ -325,6 +331,8 @@ def heal_status(model_id: str | None, limit: int, data: Path | None, as_json: bo
         )
         table.add_row(*(escape(str(item[name] or "")) for name in told))
     print_wide(table)
+    if next_cursor:
+        click.echo(f"more: --cursor {next_cursor}")
 
 
 @heal.command("run")

@@ -101,7 +101,8 @@ class Story:
                 self.say(
                     f"[{colour}]incident {one.status}[/] {one.model_id} {one.kind}: {one.summary}{ended}"
                 )
-        for job in reversed(self._phoenix.retrain_jobs.page(JobQuery())):
+        jobs, _ = self._phoenix.retrain_jobs.page(JobQuery())
+        for job in reversed(jobs):
             if self._is_new(job.id, job.status):
                 self.say(f"[bold magenta]healer[/] {_say_job(job)}")
 
@@ -203,10 +204,11 @@ def _act_one(story: Story, phoenix: Phoenix, data: CreditData, url: str, folder:
         if story.day % 4 == 0 or story.day == 9:
             story.say(f"{right / len(people):.1%} of the answers came true")
         _await_monitor(phoenix, story, MODEL_NAME, last_id)
-        jobs = phoenix.retrain_jobs.page(JobQuery(MODEL_NAME))
+        jobs, _ = phoenix.retrain_jobs.page(JobQuery(MODEL_NAME))
         if jobs:
             _await(
-                lambda: all(j.status in ENDED for j in phoenix.retrain_jobs.page(JobQuery(MODEL_NAME))), story
+                lambda: all(j.status in ENDED for j in phoenix.retrain_jobs.page(JobQuery(MODEL_NAME))[0]),
+                story,
             )
             break
     since_ms = time.time_ns() // 1_000_000
@@ -231,7 +233,7 @@ def _act_two(story: Story, phoenix: Phoenix, data: CreditData, url: str) -> None
         people = [next(broken) for _ in range(APPLICANTS_A_DAY)]
         _, last_id = asyncio.run(_live(url, OTHER_BANK, people))
         _await_monitor(phoenix, story, OTHER_BANK, last_id)
-    jobs = phoenix.retrain_jobs.page(JobQuery(OTHER_BANK))
+    jobs, _ = phoenix.retrain_jobs.page(JobQuery(OTHER_BANK))
     story.say(f"retrainings asked for: [bold]{len(jobs)}[/]; a model must not learn broken data")
 
 

@@ -22,26 +22,34 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
     router = APIRouter(tags=["monitoring"])
     monitoring, registry = phoenix.monitoring, phoenix.registry
 
-    def reports(model_id: str, kind: str, model_version: str | None, limit: int) -> Response:
+    def reports(
+        model_id: str, kind: str, model_version: str | None, limit: int, cursor: str | None
+    ) -> Response:
         registry.list_versions(model_id)
-        found = monitoring.reports(model_id, kind, model_version, limit)
-        content: dict[str, Any] = {"items": [describe_report(report) for report in found]}
-        # No report is not "no drift", and not "no errors".
-        return answer(content if found else content | {"state": "insufficient data"})
+        found, next_cursor = monitoring.reports(model_id, kind, model_version, limit, cursor)
+        content = {"items": [describe_report(report) for report in found], "next_cursor": next_cursor}
+        # No report is not "no drift", and not "no errors"; a page after the last one says nothing of that.
+        return answer(content if found or cursor else content | {"state": "insufficient data"})
 
     @router.get("/monitoring/{model_id}/drift")
     def show_drift(
-        model_id: str, model_version: str | None = None, limit: Annotated[int, Query(ge=1, le=200)] = 1
+        model_id: str,
+        model_version: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 1,
+        cursor: str | None = None,
     ) -> Response:
         """The latest drift reports, the newest first."""
-        return reports(model_id, "drift", model_version, limit)
+        return reports(model_id, "drift", model_version, limit, cursor)
 
     @router.get("/monitoring/{model_id}/performance")
     def show_performance(
-        model_id: str, model_version: str | None = None, limit: Annotated[int, Query(ge=1, le=200)] = 1
+        model_id: str,
+        model_version: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 1,
+        cursor: str | None = None,
     ) -> Response:
         """The latest windows of outcomes and what they say of the model, the newest first."""
-        return reports(model_id, "performance", model_version, limit)
+        return reports(model_id, "performance", model_version, limit, cursor)
 
     @router.post("/monitoring/{model_id}/drift/check", status_code=202)
     def check_drift(model_id: str) -> Response:
@@ -52,7 +60,7 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
         registry.list_versions(model_id)
         at_ms = time.time_ns() // 1_000_000
         is_watched = monitoring.request_check(model_id, at_ms)
-        latest = monitoring.reports(model_id, "drift")
+        latest, _ = monitoring.reports(model_id, "drift")
         content = {
             "requested_at": iso_time(at_ms) if is_watched else None,
             "is_watched": is_watched,

@@ -42,9 +42,14 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
     body_limit_bytes = phoenix.settings.body_limit_bytes
 
     @router.get("/retrain-jobs")
-    def list_jobs(model_id: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
+    def list_jobs(
+        model_id: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        cursor: str | None = None,
+    ) -> Response:
         """Retrain jobs, the latest requested first."""
-        return answer({"items": [describe_job(job) for job in jobs.page(JobQuery(model_id, limit))]})
+        found, next_cursor = jobs.page(JobQuery(model_id, limit, cursor=cursor))
+        return answer({"items": [describe_job(job) for job in found], "next_cursor": next_cursor})
 
     @router.post("/retrain-jobs", status_code=202, openapi_extra=describe_body(RetrainRequest))
     def request_retraining(

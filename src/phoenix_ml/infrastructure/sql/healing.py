@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Connection, Row, func, or_, select, update
+from sqlalchemy import Connection, Row, func, or_, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from phoenix_ml.application.ports import JobQuery
@@ -13,6 +13,7 @@ from phoenix_ml.domain.errors import JobUnknown
 from phoenix_ml.domain.healing import ENDED, OUTSIDE, JobStatus, RetrainJob, check_step
 from phoenix_ml.infrastructure.sql.database import Database, fields_of
 from phoenix_ml.infrastructure.sql.deliveries import add_deliveries
+from phoenix_ml.infrastructure.sql.predictions import parse_cursor
 from phoenix_ml.infrastructure.sql.schema import retrain_jobs
 
 _INSTANTS = ("requested_at", "updated_at", "not_before", "owned_until")
@@ -47,15 +48,23 @@ class SqlRetrainJobs:
             raise JobUnknown(f"there is no retrain job {job_id}", job_id=job_id)
         return _job(row)
 
-    def page(self, query: JobQuery) -> list[RetrainJob]:
+    def page(self, query: JobQuery) -> tuple[list[RetrainJob], str | None]:
         table = retrain_jobs.c
-        statement = select(retrain_jobs).order_by(table.requested_at.desc(), table.id).limit(query.limit)
+        statement = select(retrain_jobs).order_by(table.requested_at.desc(), table.id.desc())
         if query.model_id is not None:
             statement = statement.where(table.model_id == query.model_id)
         if query.under_way:
             statement = statement.where(table.status.not_in(ENDED))
+        if query.cursor is not None:
+            at_ms, last_id = parse_cursor(query.cursor)
+            # A job's id is a UUID's digits alone.
+            position = tuple_(at_ms, UUID(last_id).hex, types=[table.requested_at.type, table.id.type])
+            statement = statement.where(tuple_(table.requested_at, table.id) < position)
         with self._database.read() as connection:
-            return [_job(row) for row in connection.execute(statement)]
+            found = [_job(row) for row in connection.execute(statement.limit(query.limit + 1))]
+        page = found[: query.limit]
+        more = len(found) > query.limit
+        return page, f"{page[-1].requested_at_ms}.{page[-1].id}" if more else None
 
     def lease(
         self, owner: str, now_ms: int, until_ms: int, *, takes_requests: bool = True

@@ -304,8 +304,13 @@ class SqlMonitoring:
             return connection.execute(asked).scalar_one(), connection.execute(recent).scalar_one()
 
     def reports(
-        self, model_id: str, kind: str, model_version: str | None = None, limit: int = 1
-    ) -> list[MonitorReport]:
+        self,
+        model_id: str,
+        kind: str,
+        model_version: str | None = None,
+        limit: int = 1,
+        cursor: str | None = None,
+    ) -> tuple[list[MonitorReport], str | None]:
         table = drift_reports.c
         statement = select(
             table.id,
@@ -318,9 +323,14 @@ class SqlMonitoring:
         ).where(table.model_id == model_id, table.kind == kind)
         if model_version is not None:
             statement = statement.where(table.model_version == model_version)
-        newest = statement.order_by(table.created_at.desc(), table.id.desc()).limit(limit)
+        if cursor is not None:
+            position = tuple_(*parse_cursor(cursor), types=[table.created_at.type, table.id.type])
+            statement = statement.where(tuple_(table.created_at, table.id) < position)
+        newest = statement.order_by(table.created_at.desc(), table.id.desc()).limit(limit + 1)
         with self._database.read() as connection:
-            return [MonitorReport(*row) for row in connection.execute(newest)]
+            found = [MonitorReport(*row) for row in connection.execute(newest)]
+        page = found[:limit]
+        return page, f"{page[-1].created_at_ms}.{page[-1].id}" if len(found) > limit else None
 
     def request_check(self, model_id: str, at_ms: int) -> bool:
         with self._database.write() as connection:
