@@ -546,6 +546,10 @@ def test_shadow_arms_take_their_role_from_the_strategy(run: Run, model: Path) ->
         (["predictions", "show", str(uuid4())], "prediction_unknown"),
         (["predictions", "show", "cust_1"], "invalid_field"),
         (["predictions", "list", "--cursor", "x"], "invalid_field"),
+        (["predictions", "list", "--model", "nope"], "model_unknown"),
+        (["incidents", "list", "--model", "nope"], "model_unknown"),
+        (["alerts", "list", "--model", "nope"], "model_unknown"),
+        (["heal", "status", "--model", "nope"], "model_unknown"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

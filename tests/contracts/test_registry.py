@@ -205,7 +205,10 @@ def test_what_is_not_registered_is_named_exactly(registry: SqlRegistry) -> None:
         registry.get("risk", "1.0.0")
     with pytest.raises(ModelUnknown, match="'risk'"):
         registry.list_versions("risk")
+    with pytest.raises(ModelUnknown, match="'risk'"):
+        registry.check_model("risk")
     registry.add(a_version("1.10.0"), "ann")
+    registry.check_model("risk")
     registry.add(a_version("1.9.0"), "ann")
     with pytest.raises(VersionUnknown, match=r"no version 2\.0\.0; it has 1\.9\.0, 1\.10\.0"):
         registry.get("risk", "2.0.0")
@@ -555,6 +558,7 @@ def test_odd_names_raise_only_errors_of_ours(registry: SqlRegistry) -> None:
             partial(registry.get, odd, "1.0.0"),
             partial(registry.get, "risk", odd),
             partial(registry.list_versions, odd),
+            partial(registry.check_model, odd),
             partial(registry.set_stage, odd, odd, Stage.STAGING, "ann"),
             partial(registry.set_active, "risk", odd, True, "ann"),
             partial(registry.set_routing, "risk", routing, "ann"),

@@ -118,6 +118,8 @@ def test_an_incident_is_acknowledged_once_and_by_name(lane: ServerLane) -> None:
         ("GET", "/monitoring/nope/drift"),
         ("GET", "/monitoring/nope/performance"),
         ("GET", "/monitoring/nope/incidents"),
+        ("GET", "/incidents?model_id=nope"),
+        ("GET", "/alerts?model_id=nope"),
         ("POST", "/monitoring/nope/drift/check"),
         ("GET", "/models/nope/monitoring"),
     ],

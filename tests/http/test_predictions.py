@@ -484,7 +484,7 @@ def test_the_log_is_filtered_by_model_version_entity_and_time(lane: Lane) -> Non
     assert ids(entity_id=other, since=third_at) == [third["prediction_id"]]
     assert ids(entity_id=other, until=third_at) == []
     assert first["prediction_id"] not in ids(entity_id=entity, until=first_at)
-    assert ids(model_id="nowhere") == []
+    refused(lane.request("GET", "/predictions", params={"model_id": "nowhere"}), 404, "model_unknown")
 
 
 def test_a_prediction_that_is_not_on_record_is_said_to_be_unknown(lane: Lane) -> None:

@@ -216,6 +216,10 @@ class Registry(Protocol):
         """Raises ModelUnknown or VersionUnknown."""
         ...
 
+    def check_model(self, model_id: str) -> None:
+        """Raises ModelUnknown for a model without any version; cheap, as it reads none."""
+        ...
+
     def list_versions(self, model_id: str | None = None) -> list[ModelVersion]:
         """Versions sorted by model, then precedence. Raises ModelUnknown for a model without any."""
         ...

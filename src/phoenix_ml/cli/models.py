@@ -396,7 +396,7 @@ def models_monitoring(model_id: str, changes: tuple[str, ...], data: Path | None
             settings = phoenix.monitoring.change_settings(model_id, parsed, actor())
         else:
             if model_id != ALL_MODELS:
-                phoenix.registry.list_versions(model_id)
+                phoenix.registry.check_model(model_id)
             settings = phoenix.monitoring.settings(model_id)
     told = msgspec.to_builtins(settings)
     if as_json:

@@ -169,7 +169,7 @@ def incidents_list(
 
     with opened(data) as phoenix:
         if model_id is not None:
-            phoenix.registry.list_versions(model_id)
+            phoenix.registry.check_model(model_id)
         query = IncidentQuery(model_id, None, unresolved, limit, cursor)
         found, next_cursor = phoenix.monitoring.incidents(query)
     items = [describe_incident(one) for one in found]
@@ -225,7 +225,7 @@ def alerts_list(
 
     with opened(data) as phoenix:
         if model_id is not None:
-            phoenix.registry.list_versions(model_id)
+            phoenix.registry.check_model(model_id)
         found, next_cursor = phoenix.monitoring.alerts(model_id, limit, cursor)
     items = [describe_alert(one) for one in found]
     if as_json:
@@ -300,7 +300,7 @@ def heal_status(
 
     with opened(data) as phoenix:
         if model_id is not None:
-            phoenix.registry.list_versions(model_id)
+            phoenix.registry.check_model(model_id)
         found, next_cursor = phoenix.retrain_jobs.page(JobQuery(model_id, limit, cursor=cursor))
         trainer = phoenix.settings.trainer
         paused = [name for name in _paused(phoenix) if model_id in (None, name)]

@@ -59,7 +59,7 @@ def predictions_list(
     query = PredictionQuery(model_id, model_version, entity_id, limit=limit, cursor=cursor)
     with opened(data) as phoenix:
         if model_id is not None:
-            phoenix.registry.list_versions(model_id)
+            phoenix.registry.check_model(model_id)
         rows, next_cursor = phoenix.prediction_log.page(query)
     items = [describe_prediction(row) for row in rows]
     if as_json:

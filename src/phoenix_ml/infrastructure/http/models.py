@@ -176,7 +176,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     @router.get("/models/{model_id}/routing")
     def show_routing(model_id: str) -> Response:
         """The routing in force; `is_default` when none was set."""
-        registry.list_versions(model_id)
+        registry.check_model(model_id)
         routing = registry.routings().get(model_id)
         if routing is not None:
             return answer({"routing": routing, "is_default": False})
@@ -198,7 +198,7 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     @router.delete("/models/{model_id}/routing")
     def clear_routing(model_id: str, request: Request) -> Response:
         """Goes back to the default: the highest stage, then the highest version, answers."""
-        registry.list_versions(model_id)
+        registry.check_model(model_id)
         registry.clear_routing(model_id, name_caller(request.scope))
         live.refresh(model_id)
         return show_routing(model_id)

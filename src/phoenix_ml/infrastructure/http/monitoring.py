@@ -25,7 +25,7 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
     def reports(
         model_id: str, kind: str, model_version: str | None, limit: int, cursor: str | None
     ) -> Response:
-        registry.list_versions(model_id)
+        registry.check_model(model_id)
         found, next_cursor = monitoring.reports(model_id, kind, model_version, limit, cursor)
         content = {"items": [describe_report(report) for report in found], "next_cursor": next_cursor}
         # No report is not "no drift", and not "no errors"; a page after the last one says nothing of that.
@@ -57,7 +57,7 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
 
         The new one is that which `GET /monitoring/{model_id}/drift` shows with a later `created_at` than `requested_at`.
         """
-        registry.list_versions(model_id)
+        registry.check_model(model_id)
         at_ms = time.time_ns() // 1_000_000
         is_watched = monitoring.request_check(model_id, at_ms)
         latest, _ = monitoring.reports(model_id, "drift")
@@ -69,6 +69,8 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
         return answer(content, 202)
 
     def incidents(query: IncidentQuery) -> Response:
+        if query.model_id is not None:
+            registry.check_model(query.model_id)
         found, next_cursor = monitoring.incidents(query)
         return answer({"items": [describe_incident(one) for one in found], "next_cursor": next_cursor})
 
@@ -81,7 +83,6 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
         cursor: str | None = None,
     ) -> Response:
         """A model's incidents, the latest opened first."""
-        registry.list_versions(model_id)
         return incidents(IncidentQuery(model_id, model_version, unresolved, limit, cursor))
 
     @router.get("/incidents")
@@ -102,13 +103,15 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
     @router.get("/alerts")
     def list_alerts(model_id: str | None = None, limit: Limit = 50, cursor: str | None = None) -> Response:
         """What people were told, the newest first."""
+        if model_id is not None:
+            registry.check_model(model_id)
         found, next_cursor = monitoring.alerts(model_id, limit, cursor)
         return answer({"items": [describe_alert(one) for one in found], "next_cursor": next_cursor})
 
     @router.get("/models/{model_id}/monitoring", tags=["models"])
     def show_settings(model_id: str) -> Response:
         """How the model is watched and healed: its own settings over those of all models over the defaults."""
-        registry.list_versions(model_id)
+        registry.check_model(model_id)
         return answer(monitoring.settings(model_id))
 
     @router.put(

@@ -39,6 +39,8 @@ def record_routes(phoenix: Phoenix) -> APIRouter:
             limit,
             cursor,
         )
+        if model_id is not None:
+            phoenix.registry.check_model(model_id)
         rows, next_cursor = phoenix.prediction_log.page(query)
         return answer({"items": [describe_prediction(row) for row in rows], "next_cursor": next_cursor})
 

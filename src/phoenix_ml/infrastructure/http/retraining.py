@@ -48,6 +48,8 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
         cursor: str | None = None,
     ) -> Response:
         """Retrain jobs, the latest requested first."""
+        if model_id is not None:
+            registry.check_model(model_id)
         found, next_cursor = jobs.page(JobQuery(model_id, limit, cursor=cursor))
         return answer({"items": [describe_job(job) for job in found], "next_cursor": next_cursor})
 

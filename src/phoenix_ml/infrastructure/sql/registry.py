@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from phoenix_ml.application.ports import AuditEntry
@@ -65,6 +65,12 @@ class SqlRegistry:
         with self._database.read() as connection:
             return _get(connection, model_id, version)
 
+    def check_model(self, model_id: str) -> None:
+        with self._database.read() as connection:
+            is_known = connection.execute(select(exists().where(models.c.id == model_id))).scalar_one()
+        if not is_known:
+            raise _unknown(model_id)
+
     def list_versions(self, model_id: str | None = None) -> list[ModelVersion]:
         query = select(models)
         if model_id is not None:
@@ -72,7 +78,7 @@ class SqlRegistry:
         with self._database.read() as connection:
             found = [_version(row) for row in connection.execute(query)]
         if model_id is not None and not found:
-            raise ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
+            raise _unknown(model_id)
         return sorted(found, key=lambda v: (v.model_id, version_precedence(v.version), v.version))
 
     def set_stage(self, model_id: str, version: str, stage: Stage, actor: str) -> ModelVersion:
@@ -155,6 +161,10 @@ class SqlRegistry:
             self._announce(change)
 
 
+def _unknown(model_id: str) -> ModelUnknown:
+    return ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
+
+
 def _get(connection: Connection, model_id: str, version: str) -> ModelVersion:
     row = connection.execute(
         select(models).where(models.c.id == model_id, models.c.version == version)
@@ -163,7 +173,7 @@ def _get(connection: Connection, model_id: str, version: str) -> ModelVersion:
         return _version(row)
     others = connection.execute(select(models.c.version).where(models.c.id == model_id)).scalars().all()
     if not others:
-        raise ModelUnknown(f"no model {model_id!r} is registered", model_id=model_id)
+        raise _unknown(model_id)
     raise VersionUnknown(
         f"{model_id} has no version {version}; it has {', '.join(sorted(others, key=version_precedence))}",
         model_id=model_id,
