@@ -21,6 +21,23 @@ _MIB = 1024 * 1024
 _FILE = Path("phoenix.toml")
 # Of the folders in DATA that hold an upload while it is registered.
 UPLOAD_PREFIX = "upload-"
+ROLES = ("ship", "log", "monitor", "alert", "heal")
+
+
+def parse_roles(text: str) -> tuple[str, ...]:
+    """The roles that are named, separated by commas, or by ``all`` or ``none``. Raises ValueError.
+
+    >>> parse_roles("log, monitor"), parse_roles("none")
+    (('log', 'monitor'), ())
+    """
+    if text in ("all", "none"):
+        return ROLES if text == "all" else ()
+    named = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    if not set(named) <= set(ROLES):
+        raise ValueError(
+            f"{text!r}: write all, none, or one or more of {', '.join(ROLES)} with commas between, such as log,monitor"
+        )
+    return named
 
 
 class Settings(BaseSettings):
@@ -57,9 +74,9 @@ class Settings(BaseSettings):
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=256, description="API processes.")
-    roles: Literal["all", "ship", "log", "monitor", "alert", "heal", "none"] = Field(
+    roles: str = Field(
         "all",
-        description="What the background process of `serve` does: `ship` the journals to Kafka, write the `log`, `monitor` the models, `alert` people, `heal` models, `all`, or `none` to start none.",
+        description="What the background process of `serve` does, separated by commas: `ship` the journals to Kafka, write the `log`, `monitor` the models, `alert` people, `heal` models; or `all`, or `none` to start none.",
     )
     insecure: bool = Field(False, description="Listen on an address that others reach, without keys.")
 
@@ -189,6 +206,12 @@ class Settings(BaseSettings):
             raise ValueError("it is empty; leave it out for the default")
         return value
 
+    @field_validator("roles")
+    @classmethod
+    def _are_roles(cls, value: str) -> str:
+        parse_roles(value)
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -215,10 +238,10 @@ class Settings(BaseSettings):
     @property
     def background_roles(self) -> tuple[str, ...]:
         """The roles of the background process; none means that there is no such process."""
-        if self.roles == "all":
-            ship = () if self.events.startswith("local:") else ("ship",)
-            return (*ship, "log", "monitor", "alert", "heal")
-        return () if self.roles == "none" else (self.roles,)
+        roles = parse_roles(self.roles)
+        if self.roles == "all" and self.events.startswith("local:"):  # there is nowhere to ship
+            return tuple(role for role in roles if role != "ship")
+        return roles
 
     @property
     def run_folder(self) -> Path:

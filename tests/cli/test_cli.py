@@ -274,11 +274,34 @@ def test_who_looks_in_the_wrong_folder_hears_of_it_and_leaves_nothing_there(
         assert "no model is registered yet in phoenix-data of this folder" in done.stdout
 
 
-def test_serve_that_ships_nowhere_is_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("roles", ["ship", "log,ship"])
+def test_serve_that_ships_nowhere_is_refused_at_once(tmp_path: Path, roles: str) -> None:
     """Without Kafka its background process ended five times before the server gave up."""
-    done = CliRunner().invoke(main, ["serve", "--roles", "ship", "--port", "0"])
+    done = CliRunner().invoke(main, ["serve", "--roles", roles, "--port", "0"])
 
     assert "there is nowhere to ship to" in fails(done, "misconfigured")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (["--roles", "log", "--roles", "monitor"], "with commas between: --roles log,monitor"),
+        (["--roles", "log monitor"], "write all, none, or one or more of ship, log"),
+        (["--roles", "log,watch"], "write all, none, or one or more of ship, log"),
+        (["--roles", "all,log"], "write all, none, or one or more of ship, log"),
+        (["--roles", ""], "write all, none, or one or more of ship, log"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_roles_that_are_typed_in_another_way_are_refused_with_what_to_type(
+    tmp_path: Path, given: list[str], advice: str
+) -> None:
+    """A server that drops one of two roles in silence watches nothing."""
+    done = CliRunner().invoke(main, ["serve", *given, "--port", "0"])
+
+    assert done.exit_code == 2
+    assert advice in " ".join(done.stderr.split())
     assert list(tmp_path.iterdir()) == []
 
 

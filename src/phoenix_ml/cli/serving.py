@@ -11,9 +11,22 @@ from rich.table import Table
 from phoenix_ml import __version__
 from phoenix_ml.bootstrap import bootstrap
 from phoenix_ml.cli.common import data_option, err, example, json_option, main, opened, show_json
-from phoenix_ml.settings import load_settings
+from phoenix_ml.settings import ROLES, load_settings, parse_roles
 
 PORT = click.IntRange(0, 65535)
+
+
+def _roles(_: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """What was given, as the setting has it."""
+    if len(given) > 1:
+        typed = f"--roles {','.join(given)}"
+        raise click.BadParameter(f"name all of them in one, with commas between: {typed}", param=parameter)
+    try:
+        for text in given:
+            parse_roles(text)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), param=parameter) from exc
+    return given[0] if given else None
 
 
 @main.command()
@@ -27,8 +40,10 @@ PORT = click.IntRange(0, 65535)
 @click.option("--workers", type=int, help="API processes.")
 @click.option(
     "--roles",
-    type=click.Choice(["all", "ship", "log", "monitor", "alert", "heal", "none"]),
-    help="What the background process does.",
+    multiple=True,
+    callback=_roles,
+    metavar="ROLE,…",
+    help=f"What the background process does: all, none, or some of {', '.join(ROLES)}, such as log,monitor.",
 )
 @click.option("--insecure", is_flag=True, default=None, help="Listen where others reach it, without keys.")
 @data_option
@@ -40,7 +55,7 @@ def serve(**flags: Any) -> None:
     from phoenix_ml.processes.supervisor import supervise
 
     settings = load_settings(**flags)
-    if settings.roles == "ship" and settings.events.startswith("local:"):
+    if "ship" in settings.background_roles and settings.events.startswith("local:"):
         raise nowhere_to_ship()
     configure_logs(settings.log_level, settings.log_format, "supervisor")
 
@@ -54,9 +69,7 @@ def serve(**flags: Any) -> None:
 
 
 @main.command()
-@click.argument(
-    "roles", nargs=-1, required=True, type=click.Choice(["ship", "log", "monitor", "alert", "heal"])
-)
+@click.argument("roles", nargs=-1, required=True, type=click.Choice(ROLES))
 @click.option("--metrics-port", type=PORT, help="Serve /metrics and /health/live on this port.")
 @data_option
 @example("phoenix-ml work log --metrics-port 9100")
