@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -1347,6 +1348,49 @@ def test_a_test_alert_says_which_channel_has_a_defect(run: Run, monkeypatch: pyt
 
 
 # Processes of their own.
+
+
+def on_a_terminal(folder: Path, *arguments: str) -> tuple[str, str]:
+    """What `phoenix-ml ARGUMENTS` printed into a pipe, and what it showed on a terminal meanwhile."""
+    screen, line = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "phoenix_ml.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=line,
+        text=True,
+    ) as process:
+        os.close(line)
+        shown = b""
+        with suppress(OSError):  # Linux says so when nobody has the line any more
+            while piece := os.read(screen, 65536):
+                shown += piece
+        os.close(screen)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    assert process.returncode == 0, shown
+    return printed, shown.decode()
+
+
+def test_what_takes_long_shows_on_a_terminal_that_it_goes_on_and_nowhere_else(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Somebody who sees nothing for a minute stops it; a script must find nothing but the JSON."""
+    reference = tmp_path / "rows.csv"
+    reference.write_text("x_0,x_1,x_2\n" + "".join(f"{n},{n % 7},{n % 3}\n" for n in range(100)))
+    register = ("models", "register", str(model), "--reference", str(reference), "--id", "m", "--version")
+    commands: dict[str, tuple[str, ...]] = {
+        "upgrading": ("db", "upgrade"),
+        "registering m 1.0.0": (*register, "1.0.0"),
+        "comparing m 1.0.0 with its reference": ("drift", "check", "m"),
+    }
+
+    for shown, arguments in commands.items():
+        printed, screen = on_a_terminal(tmp_path, *arguments, "--data", str(data), "--json")
+        assert shown in screen
+        assert json.loads(printed)
+        assert shown not in run(*arguments, "--json").output
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

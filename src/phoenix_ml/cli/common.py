@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from phoenix_ml import __version__
@@ -183,6 +185,14 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     ('1 row', '1,200 rows', '0 entities')
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+@contextmanager
+def working(doing: str) -> Iterator[None]:
+    """Shows on a terminal that something goes on, until it has ended. What is printed meanwhile goes to standard error."""
+    with Progress(console=err, transient=True) as progress:
+        progress.add_task(escape(doing), total=None)
+        yield
 
 
 def print_wide(table: Table) -> None:

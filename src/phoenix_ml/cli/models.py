@@ -24,6 +24,7 @@ from phoenix_ml.cli.common import (
     show_json,
     tell,
     warn,
+    working,
 )
 from phoenix_ml.domain.errors import InvalidField, MalformedBody
 from phoenix_ml.domain.features import FeatureRule
@@ -135,39 +136,40 @@ def models_register(
     conversion = None
     with opened(data, may_create=True) as phoenix, TemporaryDirectory() as folder:
         path = _locate(artifact, Path(folder), tracking_uri)
-        reference_columns = None if reference is None else read_columns(reference)
-        if needs_conversion(path):
-            sample_columns = reference_columns if sample is None else read_columns(sample)
-            if sample_columns is None:
+        with working(f"registering {model_id} {version}"):
+            reference_columns = None if reference is None else read_columns(reference)
+            if needs_conversion(path):
+                sample_columns = reference_columns if sample is None else read_columns(sample)
+                if sample_columns is None:
+                    raise click.UsageError(
+                        f"{path.name} is converted to ONNX: give --sample, with rows that it must answer as before"
+                    )
+                if task is not None:
+                    raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
+                if check_trust(path, trust):
+                    warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
+                left_out = [name for name in (time, outcome) if name is not None]
+                wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
+                path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
+                for note in conversion.notes:
+                    warn(note)
+            elif sample is not None or trust:
                 raise click.UsageError(
-                    f"{path.name} is converted to ONNX: give --sample, with rows that it must answer as before"
+                    f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
                 )
-            if task is not None:
-                raise click.UsageError(f"--task is for ONNX files: {path.name} says itself what it is")
-            if check_trust(path, trust):
-                warn(f"{path.name} is a pickle: opening it runs whatever code it holds, as you")
-            left_out = [name for name in (time, outcome) if name is not None]
-            wanted = Wanted(sample_columns, left_out, tolerance, contract, trust)
-            path, contract, conversion = convert(path, wanted, phoenix.engines, Path(folder))
-            for note in conversion.notes:
-                warn(note)
-        elif sample is not None or trust:
-            raise click.UsageError(
-                f"--sample and --trust are for models to convert, {path.name} is taken as ONNX"
+            registered = register(
+                phoenix.registry,
+                phoenix.artifacts,
+                phoenix.engines,
+                path,
+                Registration(model_id, version, Stage(stage), contract, task, Framework(framework)),
+                actor=actor(),
+                reference=None if reference_columns is None else Reference(reference_columns, time, outcome),
             )
-        registered = register(
-            phoenix.registry,
-            phoenix.artifacts,
-            phoenix.engines,
-            path,
-            Registration(model_id, version, Stage(stage), contract, task, Framework(framework)),
-            actor=actor(),
-            reference=None if reference_columns is None else Reference(reference_columns, time, outcome),
-        )
-        if activate:
-            registered = activate_version(
-                phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
-            )
+            if activate:
+                registered = activate_version(
+                    phoenix.registry, phoenix.artifacts, phoenix.engines, model_id, version, actor=actor()
+                )
     notes = notes_on(registered.metadata)
     for note in notes:
         tell(note)

@@ -22,6 +22,7 @@ from phoenix_ml.cli.common import (
     print_wide,
     show_json,
     watched_version,
+    working,
 )
 from phoenix_ml.domain.errors import NoBaseline
 from phoenix_ml.domain.monitoring import ALL_MODELS
@@ -63,9 +64,10 @@ def drift_check(
     with opened(data) as phoenix:
         version = watched_version(phoenix, model_id, model_version)
         settings = phoenix.monitoring.settings(model_id)
-        newest = phoenix.monitoring.latest(model_id, version.version, rows or settings.batch_rows)
-        report = compare_with_reference(phoenix.artifacts, version, newest, settings)
-    name = f"{model_id} {version.version}"
+        name = f"{model_id} {version.version}"
+        with working(f"comparing {name} with its reference"):
+            newest = phoenix.monitoring.latest(model_id, version.version, rows or settings.batch_rows)
+            report = compare_with_reference(phoenix.artifacts, version, newest, settings)
     if report is None:
         raise no_baseline(model_id, version.version)
     about = describe_rows([row.created_at_ms for row in newest], report.reference_rows)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from phoenix_ml import __version__
 from phoenix_ml.bootstrap import bootstrap
-from phoenix_ml.cli.common import data_option, err, example, json_option, main, opened, show_json
+from phoenix_ml.cli.common import data_option, err, example, json_option, main, opened, show_json, working
 from phoenix_ml.settings import ROLES, load_settings, parse_roles
 
 PORT = click.IntRange(0, 65535)
@@ -109,7 +109,8 @@ def db_upgrade(data: Path | None, as_json: bool) -> None:
     """Bring the database's tables to this version; safe to run again."""
     phoenix = bootstrap(load_settings(data=data))
     try:
-        revision = phoenix.database.upgrade()
+        with working(f"upgrading {phoenix.database.name}"):
+            revision = phoenix.database.upgrade()
     finally:
         phoenix.database.close()
     if as_json:
