@@ -12,7 +12,8 @@ with database.write() as connection:
     context.configure(
         connection=connection,
         target_metadata=metadata,
-        # SQLite cannot alter a table in place; batch mode copies it.
+        # Only for migrations that Alembic writes: their changes of tables stand in batches, which copy what SQLite
+        # cannot alter in place. One written by hand says itself where it needs one.
         render_as_batch=True,
     )
     context.run_migrations()
