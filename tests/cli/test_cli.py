@@ -148,6 +148,15 @@ def test_the_verbs_of_the_architecture_are_there() -> None:
         "predictions list",
         "predictions show",
         "predictions replay",
+        "predictions export",
+        "drift check",
+        "drift show",
+        "incidents list",
+        "incidents ack",
+        "heal status",
+        "heal run",
+        "heal pause",
+        "heal resume",
         "demo",
     }
 

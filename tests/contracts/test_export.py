@@ -14,7 +14,7 @@ from databases import empty
 from sample_events import AT_MS, COLUMNS, outcome, prediction
 
 from phoenix_ml.application.export import PAGE_ROWS, export_columns, export_rows, is_held_out, to_train_on
-from phoenix_ml.application.ports import PredictionQuery, RecordedEvent
+from phoenix_ml.application.ports import LoggedPrediction, PredictionQuery, RecordedEvent
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.events import Event
 from phoenix_ml.domain.features import FeatureRule, FeatureType
@@ -75,6 +75,29 @@ def test_every_prediction_with_an_outcome_is_there_once_over_many_pages(
 
     assert sorted(row["_prediction_id"] for row in rows) == sorted(one.id for one in known)
     assert {(row["income"], row["visits"]) for row in rows} == {(float(i), i) for i in range(0, len(made), 3)}
+
+
+def test_a_page_is_written_before_the_next_is_read(url: str, log: SqlPredictionLog, tmp_path: Path) -> None:
+    """An export of any size takes the memory of a page."""
+    happened: list[tuple[str, int]] = []
+
+    class Watched(SqlPredictionLog):
+        def page(self, query: PredictionQuery) -> tuple[list[LoggedPrediction], str | None]:
+            rows, cursor = super().page(query)
+            happened.append(("read", len(rows)))
+            return rows, cursor
+
+    write(log, *(prediction(created_at_ms=AT_MS + i) for i in range(2 * PAGE_ROWS + 500)))
+    with (
+        closing(Database(url)) as database,
+        write_table(tmp_path / "x.parquet", export_columns(METADATA)) as add_rows,
+    ):
+        for rows in export_rows(Watched(database), PredictionQuery("risk"), METADATA, with_outcomes=False):
+            add_rows(rows)
+            happened.append(("written", len(rows)))
+
+    pages = (PAGE_ROWS, PAGE_ROWS, 500)
+    assert happened == [(what, rows) for rows in pages for what in ("read", "written")]
 
 
 def test_a_row_has_the_values_as_the_model_got_them(log: SqlPredictionLog, tmp_path: Path) -> None:
