@@ -24,9 +24,11 @@ from phoenix_ml.cli.common import (
     show_json,
     watched_version,
 )
+from phoenix_ml.domain.errors import ModelUnknown
 
 if TYPE_CHECKING:
     from phoenix_ml.application.replay import Replay
+    from phoenix_ml.bootstrap import Phoenix
 
 
 @main.group()
@@ -108,7 +110,7 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
 
 
 @predictions.command("export")
-@click.option("--model", "model_id", required=True, help="The model.")
+@click.option("--model", "model_id", help="The model; of a single one there is no need to say it.")
 @click.option(
     "--version", "model_version", help="Only this version; its features are the columns, else the champion's."
 )
@@ -132,7 +134,7 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
     "phoenix-ml predictions export --model credit-risk --with-outcomes --since 2026-11-01 --out train.parquet"
 )
 def predictions_export(
-    model_id: str,
+    model_id: str | None,
     model_version: str | None,
     with_outcomes: bool,
     for_training: bool,
@@ -152,8 +154,8 @@ def predictions_export(
     until_ms = None if until is None else epoch_ms(until, "until")
     written = 0
     with opened(data) as phoenix, Progress(console=err, transient=True) as progress:
-        version = watched_version(phoenix, model_id, model_version)
-        query = PredictionQuery(model_id, model_version, since_ms=since_ms, until_ms=until_ms)
+        version = watched_version(phoenix, model_id or _single_model(phoenix), model_version)
+        query = PredictionQuery(version.model_id, model_version, since_ms=since_ms, until_ms=until_ms)
         task = progress.add_task("exporting", total=None)
         with write_table(out, export_columns(version.metadata)) as add_rows:
             for page in export_rows(
@@ -167,6 +169,15 @@ def predictions_export(
         show_json({"rows": written, "file": str(out)})
         return
     click.echo(f"wrote {counted(written, 'row')} to {out}")
+
+
+def _single_model(phoenix: "Phoenix") -> str:
+    names = sorted({version.model_id for version in phoenix.registry.list_versions()})
+    if len(names) > 1:
+        raise click.UsageError(f"say which model by --model: {', '.join(names)}")
+    if not names:
+        raise ModelUnknown("no model is registered")
+    return names[0]
 
 
 @predictions.command("replay")
