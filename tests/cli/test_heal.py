@@ -2,11 +2,23 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import onnx_models
 import pytest
 from click.testing import Result
+from sample_events import AT_MS, outcome, prediction
+
+from phoenix_ml.application.ports import MonitorStep, RecordedEvent
+from phoenix_ml.application.reports import iso_time
+from phoenix_ml.application.watch import ModelState
+from phoenix_ml.application.watched_version import VersionState
+from phoenix_ml.bootstrap import bootstrap
+from phoenix_ml.domain.events import Event
+from phoenix_ml.domain.rows import RowFormat
+from phoenix_ml.settings import fixed_settings
 
 Run = Callable[..., str]
 
@@ -82,3 +94,30 @@ def test_the_status_comes_in_pages(told: Run) -> None:
     assert [*first["items"], *second["items"]] == whole
     assert second["next_cursor"] is None
     assert f"more: --cursor {first['next_cursor']}" in told("heal", "status", "--limit", "1")
+
+
+def test_an_export_to_train_on_leaves_out_what_was_broken(told: Run, tmp_path: Path) -> None:
+    """A pipeline outside gets its data so; whoever exports all decides what to learn."""
+    out = tmp_path / "x.csv"
+    with closing(bootstrap(fixed_settings(data=tmp_path / "data"))) as phoenix:
+        row_format = RowFormat(phoenix.registry.get("risk", "1.0.0").metadata.columns)
+        for at_ms in (AT_MS, AT_MS + 10):
+            inputs = row_format.pack((1.0, 2.0))
+            made = [
+                prediction(inputs=inputs, result=1.5, sources="rr", created_at_ms=at_ms) for _ in range(50)
+            ]
+            events: list[Event] = [*made, *(outcome(one.id, 1.0) for one in made)]
+            phoenix.prediction_log.write(
+                [RecordedEvent(one, msgspec.msgpack.encode(one), row_format) for one in events]
+            )
+        was = phoenix.monitoring.standings()["risk"].position
+        now = msgspec.structs.replace(was, seq=was.seq + 1)
+        state = msgspec.msgpack.encode(ModelState({"1.0.0": VersionState(broken=[(AT_MS, AT_MS + 9)])}))
+        assert phoenix.monitoring.commit(MonitorStep("risk", was, now, state, AT_MS))
+
+    everything = told("predictions", "export", "--model", "risk", "--with-outcomes", "--out", str(out))
+    to_train_on = told("predictions", "export", "--model", "risk", "--for-training", "--out", str(out))
+
+    assert everything.endswith(f"wrote 100 rows to {out}\n")
+    assert to_train_on.endswith("left out 50 rows: their data was broken (see incidents list)\n")
+    assert {line.split(",")[5] for line in out.read_text().splitlines()[1:]} == {f'"{iso_time(AT_MS + 10)}"'}

@@ -31,6 +31,8 @@ from phoenix_ml.application.ports import (
 )
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
 from phoenix_ml.application.trial import Findings, Trial, try_out
+from phoenix_ml.application.watch import ModelState
+from phoenix_ml.application.watched_version import VersionState
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.errors import ArtifactStoreUnavailable, DatabaseUnavailable, JobConflict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
@@ -80,16 +82,23 @@ def add(phoenix: Phoenix, version: str, artifact: Path) -> ModelVersion:
 
 
 def log_predictions(
-    phoenix: Phoenix, version: ModelVersion, *, shift: float = 3.0, at_ms: int = AT_MS, rows: int = ROWS
+    phoenix: Phoenix,
+    version: ModelVersion,
+    *,
+    shift: float = 3.0,
+    at_ms: int = AT_MS,
+    rows: int = ROWS,
+    unit: float = 1.0,
 ) -> None:
+    """In another ``unit`` the model is sent incomes that are so many times what is true of a person."""
     values = np.random.default_rng(1).normal(size=(rows, 2)).astype(np.float32)
     row_format = RowFormat(version.metadata.columns)
     recorded: list[RecordedEvent] = []
     for age, income in values.tolist():
         y = float(np.dot([age, income], onnx_models.weights(2)))
         made = prediction(
-            inputs=row_format.pack((age, income)),
-            result=y + 0.25,
+            inputs=row_format.pack((age, unit * income)),
+            result=float(np.dot([age, unit * income], onnx_models.weights(2))) + 0.25,
             confidence=None,
             probabilities=None,
             role=Role.CHAMPION,
@@ -617,6 +626,87 @@ def test_a_model_whose_data_turns_out_to_be_broken_while_it_is_trained_is_not_re
 
     assert jobs.get("a" * 32).status is JobStatus.REJECTED
     assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0"]
+
+
+def watch_a_defect(phoenix: Phoenix, folder: Path) -> Clock:
+    """Logs 800 whole rows around 300 of an income that comes a thousandfold; the monitor has seen it begin and end."""
+    empty(phoenix.database)
+    values = np.random.default_rng(4).normal(size=(4000, 2))
+    where = phoenix.registry, phoenix.artifacts, phoenix.engines
+    artifact = onnx_models.write(folder / "watched.onnx", CHAMPION)
+    register(
+        *where,
+        artifact,
+        Registration("risk", "1.0.0", Stage.PROD, CONTRACT),
+        actor="ann",
+        reference=Reference({"age": values[:, 0].tolist(), "income": values[:, 1].tolist()}),
+    )
+    champion = activate(*where, "risk", "1.0.0", actor="ann")
+    phoenix.monitoring.change_settings("risk", {"batch_rows": 200}, "ann")
+    clock = Clock()
+    monitor = Monitor(phoenix.monitoring, phoenix.registry, phoenix.artifacts, now_ms=clock)
+    # In batches of 200: one whole, one half and one fully broken, two whole ones that end it, two after that.
+    for rows, unit in ((200, 1.0), (100, 1.0), (300, 1000.0), (400, 1.0), (400, 1.0)):
+        clock.now_ms += 60_000
+        log_predictions(phoenix, champion, at_ms=clock.now_ms, rows=rows, unit=unit)
+        clock.now_ms += 1000
+        while monitor.step().rows:
+            pass
+    return clock
+
+
+def test_what_was_sent_while_the_data_was_broken_is_never_learned(phoenix: Phoenix, tmp_path: Path) -> None:
+    """The defect is over, and its rows lie among those to train on, to compare over and to describe the model by."""
+    clock = watch_a_defect(phoenix, tmp_path)
+    (defect,), _ = phoenix.monitoring.incidents(IncidentQuery("risk", limit=1))
+    ask(phoenix, requested_at_ms=clock.now_ms)
+
+    job = healer(phoenix, tmp_path, f"{KEEPS}; {TAKES % 'right'}", clock).step(lambda: True)
+
+    exported = read_columns(tmp_path / "kept.parquet")
+    assert (defect.cause, defect.status) == ("schema:income:unit", "resolved")
+    assert job is not None
+    assert (job.status, job.error) == (JobStatus.REGISTERED, None)
+    assert max(map(abs, exported["income"])) < 10
+    # From the first row of the batch that showed it, to the second whole batch after it.
+    result = job.result or {}
+    assert result["left_out_as_broken"] == 100 + 300 + 400
+    assert len(exported["income"]) + result["comparison"]["n"] == 200 + 400
+    assert result["comparison"]["champion_loss"] == pytest.approx(2.75, abs=1e-5)
+    assert result["comparison"]["loss"] == pytest.approx(0.0, abs=1e-5)
+    baseline = phoenix.registry.get("risk", "1.1.0").metadata.baseline
+    assert baseline is not None
+    assert baseline.rows == 200 + 400
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (
+            TAKES % "right",
+            "there is nothing to train on; 600 predictions are left out, as their data was broken",
+        ),
+        (None, "0 outcomes are kept for a comparison, and it takes 50; 600 predictions are left out"),
+    ],
+)
+def test_a_job_without_whole_data_says_that_it_was_broken(
+    phoenix: Phoenix, tmp_path: Path, program: str | None, words: str
+) -> None:
+    """Whoever sees hundreds of outcomes on record would look for the fault in the healer."""
+    ask(phoenix)
+    was = phoenix.monitoring.standings()["risk"].position
+    now = msgspec.structs.replace(was, seq=was.seq + 1)
+    state = ModelState({"1.0.0": VersionState(broken=[(AT_MS, None)])})
+    assert phoenix.monitoring.commit(MonitorStep("risk", was, now, msgspec.msgpack.encode(state), AT_MS))
+
+    if program is None:
+        hand_in(phoenix, tmp_path)
+        job = healer_with(phoenix, tmp_path, None).step(lambda: True)
+    else:
+        job = healer(phoenix, tmp_path, program).step(lambda: True)
+
+    assert job is not None
+    assert words in str(job.error)
 
 
 @pytest.mark.parametrize("paused", ["risk", "*"])

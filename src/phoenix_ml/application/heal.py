@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from phoenix_ml.application.broken_data import find_broken_data
 from phoenix_ml.application.catalogue import (
     SCORED_ROWS,
     Registration,
@@ -304,10 +305,11 @@ class Healer:
         shutil.rmtree(folder, ignore_errors=True)
         out = folder / "out"
         out.mkdir(parents=True)
-        rows = self._export(job, champion, folder / EXPORT_FILE)
+        rows, left_out = self._export(job, champion, folder / EXPORT_FILE)
         if not rows:
             raise TrainingFailed(
                 "no prediction of the last days has an outcome: there is nothing to train on"
+                + _describe_left_out(left_out)
             )
         fields = {
             "export": str(folder / EXPORT_FILE),
@@ -338,7 +340,8 @@ class Healer:
         return trained.sha256 if is_whole else None
 
     def _go_on_checking(self, job: RetrainJob, sha256: str) -> RetrainJob | None:
-        checking = self._jobs.move(job, JobStatus.CHECKING, self._now_ms(), result={"sha256": sha256})
+        result = {**(self._held.result or {}), "sha256": sha256}
+        checking = self._jobs.move(job, JobStatus.CHECKING, self._now_ms(), result=result)
         if checking is None:
             return None
         self._held = checking
@@ -367,16 +370,24 @@ class Healer:
         until_ms = self._now_ms() + round(self._settings.limit_s * 1000)
         return self._jobs.hand_over(handed, until_ms, {"asked": request.run_id})
 
-    def _export(self, job: RetrainJob, champion: ModelVersion, path: Path) -> int:
-        """What the trainer gets; the predictions that are kept from it are left out."""
-        written = 0
+    def _export(self, job: RetrainJob, champion: ModelVersion, path: Path) -> tuple[int, int]:
+        """Writes what the trainer gets, less what is kept from it and what was made of broken data: how many rows that is,
+        and of how many the data was broken.
+        """
+        written = left_out = 0
+        broken = find_broken_data(self._monitoring, job.model_id, champion.version)
         with self._write_table(path, export_columns(champion.metadata)) as add_rows:
             for page in self._rows(job, champion):
-                given = to_train_on(page)
+                whole = broken.without(page)
+                left_out += len(page) - len(whole)
+                given = to_train_on(whole)
                 add_rows(given)
                 written += len(given)
                 self._go_on()
-        return written
+        if left_out:
+            log.warning("%s, job %s%s", job.model_id, job.id, _describe_left_out(left_out))
+            self._note(left_out_as_broken=left_out)
+        return written, left_out
 
     def _rows(self, job: RetrainJob, champion: ModelVersion) -> Iterator[list[dict[str, Any]]]:
         query = PredictionQuery(job.model_id, since_ms=self._since_ms(job))
@@ -399,10 +410,11 @@ class Healer:
         if sha256 == champion.sha256:
             raise Rejected(f"it is the very file of {champion.version}")
         contract = self._contract(job, model, champion)
-        unseen = self._held_out(job, champion)
+        unseen, left_out = self._held_out(job, champion)
         if len(unseen) < FEWEST_HELD_OUT:
             raise Rejected(
                 f"{len(unseen)} outcomes are kept for a comparison, and it takes {FEWEST_HELD_OUT}"
+                + _describe_left_out(left_out)
             )
         registration = Registration(
             job.model_id,
@@ -415,6 +427,8 @@ class Healer:
         found = self._try_out(job, model, champion, registration, unseen)
         comparison = self._compare(champion, found.answers, unseen[:_MOST_COMPARED])
         result = {"sha256": sha256, "comparison": msgspec.to_builtins(comparison)}
+        if noted := (self._held.result or {}).get("left_out_as_broken"):
+            result["left_out_as_broken"] = noted
         if comparison.is_worse:
             raise Rejected(
                 f"it is worse than {champion.version}: {comparison.loss:.4g} against {comparison.champion_loss:.4g} "
@@ -452,7 +466,11 @@ class Healer:
 
     def _count_check(self, checks: int) -> None:
         """A check that kills its healer again and again must come to an end all the same."""
-        result = {**(self._held.result or {}), "checks": checks}
+        self._note(checks=checks)
+
+    def _note(self, **facts: object) -> None:
+        """Stores more of what has come of the job in hand. Raises TrainingStopped where it is somebody else's by now."""
+        result = {**(self._held.result or {}), **facts}
         if not self._jobs.renew(self._held, self._leased_until_ms, result=result):
             raise TrainingStopped("the healer stops")
         self._held = msgspec.structs.replace(self._held, result=result)
@@ -515,17 +533,23 @@ class Healer:
         outcomes = [row[OUTCOME_COLUMN] for row in held_out]
         return compare(champion.metadata.task, answers, champions, outcomes)
 
-    def _held_out(self, job: RetrainJob, champion: ModelVersion) -> list[dict[str, Any]]:
-        """The newest predictions with outcomes that the trainer has not had."""
+    def _held_out(self, job: RetrainJob, champion: ModelVersion) -> tuple[list[dict[str, Any]], int]:
+        """The newest predictions with outcomes that the trainer has not had; and how many were passed over, as their data
+        was broken.
+        """
         found: list[dict[str, Any]] = []
+        left_out = 0
+        broken = find_broken_data(self._monitoring, job.model_id, champion.version)
         for page in self._rows(job, champion):
+            whole = broken.without(page)
+            left_out += len(page) - len(whole)
             found += [
-                row for row in page if row[OUTCOME_COLUMN] is not None and is_held_out(row["_prediction_id"])
+                row for row in whole if row[OUTCOME_COLUMN] is not None and is_held_out(row["_prediction_id"])
             ]
             if len(found) >= SCORED_ROWS:
                 break
             self._go_on()
-        return found[:SCORED_ROWS]
+        return found[:SCORED_ROWS], left_out
 
     def _refuse_broken_data(self, job: RetrainJob) -> None:
         """Raises Rejected where the monitor's request has been overtaken by what it has seen since."""
@@ -646,6 +670,11 @@ class Healer:
 def _storable(text: str) -> str:
     """The text as every database takes it: what it quotes may come from anywhere."""
     return text.replace("\0", "").encode(errors="replace").decode()
+
+
+def _describe_left_out(rows: int) -> str:
+    """To be said after something else; nothing where there are none."""
+    return f"; {rows} predictions are left out, as their data was broken" if rows else ""
 
 
 def _alone(champion: str) -> Routing:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -48,7 +49,7 @@ _QUALITY_ROWS = 1000
 _REPORT_EVERY_MS = 60_000
 # A report looks at no more rows; it is a person who reads it.
 _REPORT_ROWS = 10_000
-_MOST_BROKEN_PERIODS = 20
+_MOST_BROKEN_PERIODS = 100
 # Causes of incidents.
 _BY_OUTCOMES = "quality:outcomes"
 _BY_ESTIMATE = "quality:estimate"
@@ -269,7 +270,7 @@ class WatchedVersion:
         self._missed(IncidentKind.SCHEMA, seen, "the values are back", look)
         is_broken = any(one.explains_drift for one in violations)
         if is_broken and (not state.broken or state.broken[-1][1] is not None):
-            state.broken = [*state.broken, (state.started_at_ms, None)][-_MOST_BROKEN_PERIODS:]
+            state.broken = join_periods([*state.broken, (state.started_at_ms, None)], _MOST_BROKEN_PERIODS)
         _mend(self._name, state, self._cases, look.at_ms)
 
     def _check(self, counting: _Counting, violations: Sequence[SchemaViolation], look: Look) -> None:
@@ -543,6 +544,21 @@ def _is_usable(task: Task, told: WatchedOutcome) -> bool:
 
 def _is_within(periods: Sequence[tuple[int, int | None]], at_ms: int) -> bool:
     return any(start <= at_ms and (end is None or at_ms <= end) for start, end in periods)
+
+
+def join_periods(periods: list[tuple[int, int | None]], most: int) -> list[tuple[int, int | None]]:
+    """So many periods at most that cover the given ones, which are in order: those that are nearest become one, for what
+    was broken is never forgotten.
+
+    >>> join_periods([(0, 10), (50, 60), (61, None)], 2)
+    [(0, 10), (50, None)]
+    """
+    joined = list(periods)
+    while len(joined) > most:
+        gaps = [later[0] - (earlier[1] or 0) for earlier, later in pairwise(joined)]
+        at = gaps.index(min(gaps))
+        joined[at : at + 2] = [(joined[at][0], joined[at + 1][1])]
+    return joined
 
 
 def _broken_features(cases: Casebook, version: str) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def predictions_show(prediction_id: str, data: Path | None) -> None:
 @click.option(
     "--for-training",
     is_flag=True,
-    help="Only what a trainer may see: outcomes known, less those kept for the comparison with the champion.",
+    help="Only what a trainer may see: outcomes known, less those kept for the comparison and those of broken data.",
 )
 @click.option("--since", type=click.DateTime(), help="From this time on (UTC).")
 @click.option("--until", type=click.DateTime(), help="Before this time (UTC).")
@@ -145,6 +145,7 @@ def predictions_export(
     as_json: bool,
 ) -> None:
     """Write what a model was asked, what it answered and what came of it into a table to train on."""
+    from phoenix_ml.application.broken_data import find_broken_data
     from phoenix_ml.application.export import export_columns, export_rows, to_train_on
     from phoenix_ml.application.ports import PredictionQuery
     from phoenix_ml.application.reports import epoch_ms
@@ -152,23 +153,30 @@ def predictions_export(
 
     since_ms = None if since is None else epoch_ms(since, "since")
     until_ms = None if until is None else epoch_ms(until, "until")
-    written = 0
+    written = left_out = 0
     with opened(data) as phoenix, Progress(console=err, transient=True) as progress:
         version = watched_version(phoenix, model_id or _single_model(phoenix), model_version)
         query = PredictionQuery(version.model_id, model_version, since_ms=since_ms, until_ms=until_ms)
+        broken = find_broken_data(phoenix.monitoring, version.model_id, version.version)
         task = progress.add_task("exporting", total=None)
         with write_table(out, export_columns(version.metadata)) as add_rows:
             for page in export_rows(
                 phoenix.prediction_log, query, version.metadata, with_outcomes=with_outcomes or for_training
             ):
-                rows = to_train_on(page) if for_training else page
+                rows = page
+                if for_training:
+                    whole = broken.without(page)
+                    left_out += len(page) - len(whole)
+                    rows = to_train_on(whole)
                 add_rows(rows)
                 written += len(rows)
                 progress.update(task, description=f"exporting, {written:,} rows")
     if as_json:
-        show_json({"rows": written, "file": str(out)})
+        show_json({"rows": written, "left_out_as_broken": left_out, "file": str(out)})
         return
     click.echo(f"wrote {counted(written, 'row')} to {out}")
+    if left_out:
+        click.echo(f"left out {counted(left_out, 'row')}: their data was broken (see incidents list)")
 
 
 def _single_model(phoenix: "Phoenix") -> str:
