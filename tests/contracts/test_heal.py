@@ -986,6 +986,34 @@ def test_a_model_that_is_trained_outside_is_checked_and_registered(phoenix: Phoe
     assert jobs.get("a" * 32) == job
 
 
+@pytest.mark.parametrize(
+    ("answers", "status"), [([3.5, 2.0, 3.0], JobStatus.REGISTERED), ([3.5, 2.0, 4.0], JobStatus.REJECTED)]
+)
+def test_a_model_that_is_handed_in_must_answer_as_its_own_library(
+    phoenix: Phoenix, tmp_path: Path, answers: list[float], status: JobStatus
+) -> None:
+    """A pipeline outside converts models as well, and loses as much by it. The right one answers age / 2 - income + 3."""
+    ask(phoenix)
+    sample = tmp_path / "sample.parquet"
+    columns = {"age": FeatureType.FLOAT, "income": FeatureType.FLOAT, "_result": FeatureType.FLOAT}
+    with write_table(sample, columns) as add_rows:
+        add_rows(
+            [
+                {"age": age, "income": income, "_result": answer}
+                for age, income, answer in zip([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], answers, strict=True)
+            ]
+        )
+
+    hand_in(phoenix, tmp_path, sample=sample)
+    sample.unlink()
+    job = healer_with(phoenix, tmp_path, None).step(lambda: True)
+
+    assert job is not None
+    assert job.status is status
+    if status is JobStatus.REJECTED:
+        assert "1 of 3 rows of its sample differ, such as row 3, 3.0 instead of 4.0" in str(job.error)
+
+
 def test_a_healer_that_died_while_it_asked_asks_for_the_same_run(phoenix: Phoenix, tmp_path: Path) -> None:
     """The other side can tell that it has been asked, and trains once."""
     jobs = ask(phoenix)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import onnx_models
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from lanes import ServerLane, ok, refused
+from lanes import UPLOAD_LIMIT_BYTES, ServerLane, ok, refused
 from phoenix_server import PhoenixServer
 
 pytestmark = pytest.mark.system
@@ -18,7 +21,9 @@ MODEL = onnx_models.linear_regressor(2, bias=3.0)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PhoenixServer]:
-    server = PhoenixServer(tmp_path_factory.mktemp("retrained"), roles="log")
+    server = PhoenixServer(
+        tmp_path_factory.mktemp("retrained"), roles="log", upload_limit_bytes=UPLOAD_LIMIT_BYTES
+    )
     with server:
         yield server
 
@@ -40,8 +45,12 @@ def job(server: PhoenixServer, lane: ServerLane, request: pytest.FixtureRequest)
     return asked
 
 
-def hand_in(lane: ServerLane, job_id: str, model: bytes = MODEL, **parts: Any) -> Any:
+def hand_in(
+    lane: ServerLane, job_id: str, model: bytes = MODEL, *, sample: bytes | None = None, **parts: Any
+) -> Any:
     files = {"artifact": ("model.onnx", model)}
+    if sample is not None:
+        files["sample"] = ("s", sample)
     return lane.request("POST", f"/retrain-jobs/{job_id}/model", files=files, data=parts)
 
 
@@ -92,6 +101,48 @@ def test_a_model_that_is_handed_in_waits_to_be_checked(lane: ServerLane, job: di
     assert again == first
 
 
+def parquet(**columns: list[float]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def test_a_sample_of_the_trainers_own_answers_is_kept_for_the_check(
+    server: PhoenixServer, lane: ServerLane, job: dict[str, Any]
+) -> None:
+    """What a conversion has lost is seen only beside the library that the model was trained with."""
+    sample = parquet(x0=[1.0], x1=[2.0], _result=[3.0])
+
+    told = ok(hand_in(lane, job["job_id"], sample=sample), 202)
+
+    kept = told["result"]["sample"]
+    assert kept["sha256"] == hashlib.sha256(sample).hexdigest()
+    with server.opened() as phoenix:
+        assert phoenix.artifacts.fetch(kept["uri"], kept["sha256"]).read_bytes() == sample
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        (b"x0,x1,_result\n1,2,3\n", "'sample' is no Parquet file"),
+        (parquet(x0=[1.0], x1=[2.0]), "'sample' has no column _result"),
+    ],
+)
+def test_a_sample_that_cannot_be_compared_is_refused_with_the_reason(
+    lane: ServerLane, job: dict[str, Any], sample: bytes, words: str
+) -> None:
+    """A healer would find it out after hours, when the pipeline has gone; and the job goes on waiting."""
+    problem = refused(hand_in(lane, job["job_id"], sample=sample), 422, "invalid_field")
+
+    assert (words in problem["message"], problem["details"]["field"]) == (True, "sample")
+    assert ok(lane.request("GET", f"/retrain-jobs/{job['job_id']}"))["status"] == "requested"
+
+
+def test_a_model_and_its_sample_have_one_limit(lane: ServerLane, job: dict[str, Any]) -> None:
+    """It is looked at while they arrive, so that no pipeline fills the disk."""
+    refused(hand_in(lane, job["job_id"], sample=b"\0" * UPLOAD_LIMIT_BYTES), 413, "body_too_large")
+
+
 def test_a_failure_is_told_and_nothing_after_it(lane: ServerLane, job: dict[str, Any]) -> None:
     """What comes too late must not overtake the next attempt."""
     told = ok(lane.request("POST", f"/retrain-jobs/{job['job_id']}/failure", json={"error": "no GPU"}), 202)
@@ -136,6 +187,12 @@ def test_a_retraining_of_a_model_that_nobody_knows_is_not_found(lane: ServerLane
         (
             "/model",
             {"files": {"artifact": ("m", MODEL)}, "data": {"features": '{"x0": {"type": "colour"}}'}},
+            422,
+            "invalid_field",
+        ),
+        (
+            "/model",
+            {"files": {"artifact": ("m", MODEL)}, "data": {"sample": "text"}},
             422,
             "invalid_field",
         ),

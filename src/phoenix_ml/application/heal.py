@@ -497,7 +497,6 @@ class Healer:
             self._export(job, champion, folder / EXPORT_FILE)
         with self._write_table(folder / UNSEEN_FILE, export_columns(champion.metadata)) as add_rows:
             add_rows(unseen)
-        sample = model.with_name(SAMPLE_FILE)
         trial = Trial(
             model,
             registration,
@@ -506,7 +505,7 @@ class Healer:
             folder / UNSEEN_FILE,
             min(len(unseen), _MOST_COMPARED),
             folder,
-            sample if sample.is_file() else None,
+            self._sample(job, model),
         )
         try:
             found = self._trials.run(trial, folder / TRIAL_LOG_FILE, self._is_mine)
@@ -574,6 +573,16 @@ class Healer:
             return msgspec.json.decode(said.read_bytes(), type=dict[str, FeatureRule])
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise Rejected(f"{CONTRACT_FILE} is no feature contract: {exc}") from exc
+
+    def _sample(self, job: RetrainJob, model: Path) -> Path | None:
+        """Rows with what the trainer's own library answers, where it has left some."""
+        if handed_in := (job.result or {}).get("sample"):
+            # What kind of table it is stands in its name, which the store does not keep.
+            sample = self._folder(job) / SAMPLE_FILE
+            shutil.copyfile(self._artifacts.fetch(handed_in["uri"], handed_in["sha256"]), sample)
+            return sample
+        left = model.with_name(SAMPLE_FILE)
+        return left if left.is_file() else None
 
     def _route(self, model_id: str, champion: ModelVersion, version: ModelVersion) -> str:
         """What became of the routing, in words; done twice it is as done once."""

@@ -63,8 +63,11 @@ def accept_model(
     model: Path,
     features: Mapping[str, FeatureRule] | None,
     now_ms: int,
+    *,
+    sample: Path | None = None,
 ) -> RetrainJob:
-    """The job with the model that an outside trainer has made; a healer checks it. The same model again is a no-op.
+    """The job with the model that an outside trainer has made; a healer checks it, over the ``sample`` of what the
+    trainer's own library answers as well. The same model again is a no-op.
 
     Raises JobUnknown, JobConflict for a job that is not waiting for a model, ArtifactStoreUnavailable.
     """
@@ -79,6 +82,7 @@ def accept_model(
         "sha256": sha256,
         "uri": stored.uri,
         "features": None if features is None else msgspec.to_builtins(features),
+        "sample": None if sample is None else msgspec.to_builtins(artifacts.put(sample)),
     }
     version = next_version([one.version for one in registry.list_versions(job.model_id)])
     return _hand_in(jobs, job, now_ms, result, new_version=version)

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
+from phoenix_ml.application.export import RESULT_COLUMN
 from phoenix_ml.application.ports import JobQuery
 from phoenix_ml.application.reports import describe_job
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
@@ -24,6 +25,7 @@ from phoenix_ml.infrastructure.http.caller import name_caller
 from phoenix_ml.infrastructure.http.codec import decode_json
 from phoenix_ml.infrastructure.http.models import read_parts, save_upload
 from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
+from phoenix_ml.infrastructure.tables import open_table
 from phoenix_ml.settings import UPLOAD_PREFIX
 
 
@@ -87,6 +89,12 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
                                     "type": "string",
                                     "description": "JSON: the feature contract; absent, that of the champion.",
                                 },
+                                "sample": {
+                                    "type": "string",
+                                    "format": "binary",
+                                    "description": "Parquet: rows of features, and in _result what the trainer's "
+                                    "own library answers; the model must answer the same.",
+                                },
                             },
                         }
                     }
@@ -98,16 +106,18 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
         """What a trainer outside has made; a healer checks it, and registers it where it is fit."""
         limited = Request(request.scope, limit_body(request.receive, phoenix.settings.upload_limit_bytes))
         try:
-            async with limited.form(max_files=1, max_fields=2) as form:
-                artifact, features = read_parts(form, "artifact", "features")
+            async with limited.form(max_files=2, max_fields=2) as form:
+                artifact, features, sample = read_parts(form, "artifact", "features", "sample")
                 if not isinstance(artifact, UploadFile):
                     raise InvalidField(
                         "send the model file as the multipart part 'artifact'", field="artifact"
                     )
                 if isinstance(features, UploadFile):
                     raise InvalidField("send 'features' as text, not as a file", field="features")
+                if isinstance(sample, str):
+                    raise InvalidField("send 'sample' as a file of Parquet, not as text", field="sample")
                 rules = None if features is None else decode_json(features.encode(), dict[str, FeatureRule])
-                job = await run_in_threadpool(_accept_upload, phoenix, job_id, artifact, rules)
+                job = await run_in_threadpool(_accept_upload, phoenix, job_id, artifact, rules, sample)
         except MultiPartException as exc:
             raise MalformedBody(f"the body is not multipart/form-data: {exc.message}") from exc
         return answer(describe_job(job), 202)
@@ -125,13 +135,34 @@ def retraining_routes(phoenix: Phoenix) -> APIRouter:
 
 
 def _accept_upload(
-    phoenix: Phoenix, job_id: str, artifact: UploadFile, features: dict[str, FeatureRule] | None
+    phoenix: Phoenix,
+    job_id: str,
+    artifact: UploadFile,
+    features: dict[str, FeatureRule] | None,
+    sample: UploadFile | None,
 ) -> RetrainJob:
     phoenix.settings.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix=UPLOAD_PREFIX) as folder:
         path = save_upload(artifact, Path(folder) / "model.onnx")
-        return accept_model(
-            phoenix.registry, phoenix.retrain_jobs, phoenix.artifacts, job_id, path, features, _now_ms()
+        answers = None if sample is None else save_upload(sample, Path(folder) / "sample.parquet")
+        if answers is not None:
+            _check_sample(answers)
+        where = phoenix.registry, phoenix.retrain_jobs, phoenix.artifacts
+        return accept_model(*where, job_id, path, features, _now_ms(), sample=answers)
+
+
+def _check_sample(path: Path) -> None:
+    """Whoever sends it hears at once what a healer would find hours later. Raises InvalidField."""
+    try:
+        with open_table(path) as table:
+            names = table.names
+    except InvalidField as exc:
+        raise InvalidField(f"'sample' is no Parquet file: {exc.message}", field="sample") from exc
+    if RESULT_COLUMN not in names:
+        raise InvalidField(
+            f"'sample' has no column {RESULT_COLUMN} with what the trainer's own library answers; "
+            f"it has {', '.join(names)}",
+            field="sample",
         )
 
 
