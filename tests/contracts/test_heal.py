@@ -1032,6 +1032,40 @@ def test_a_healer_that_died_while_it_asked_asks_for_the_same_run(phoenix: Phoeni
     assert [headers["webhook-id"] for _, headers, _ in outside.calls] == ["a" * 32 + "-1"]
 
 
+class DiesOnceItHasAsked:
+    """The healer is gone before it has noted that the other side was asked."""
+
+    def __init__(self, trainer: RemoteTrainer) -> None:
+        self._trainer = trainer
+
+    def ask(self, request: TrainingRequest) -> None:
+        self._trainer.ask(request)
+        raise KilledByTheKernel
+
+
+def test_what_a_healer_asked_before_it_died_is_asked_again_as_the_same_run(
+    phoenix: Phoenix, tmp_path: Path
+) -> None:
+    """Nobody knows whether it was heard. Where the other side trains twice all the same, the second model is refused."""
+    ask(phoenix)
+    clock = Clock()
+    with receiving() as outside:
+        trainer = open_remote_trainer(f"webhook:http://{outside.host}/train", "")
+        with pytest.raises(KilledByTheKernel):
+            healer_with(phoenix, tmp_path, DiesOnceItHasAsked(trainer), clock).step(lambda: True)
+        clock.now_ms += 60_000
+        again = healer_with(phoenix, tmp_path, trainer, clock)
+        asked = again.step(lambda: True)
+        later = again.step(lambda: True)
+
+    assert asked is not None
+    assert (asked.status, asked.owner, asked.attempts, later) == (JobStatus.TRAINING, "outside", 1, None)
+    assert [headers["webhook-id"] for _, headers, _ in outside.calls] == ["a" * 32 + "-1"] * 2
+    hand_in(phoenix, tmp_path)
+    with pytest.raises(JobConflict, match="is checking and waits for nothing"):
+        hand_in(phoenix, tmp_path, WRONG)
+
+
 class Eager:
     """It has trained before it says that it will."""
 
