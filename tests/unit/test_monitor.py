@@ -46,11 +46,9 @@ class World:
         self.versions: dict[tuple[str, str], ModelVersion] = {}
         self.monitor = self.new_monitor()
 
-    def new_monitor(self) -> Monitor:
-        phoenix = self.phoenix
-        return Monitor(
-            phoenix.monitoring, phoenix.registry, phoenix.artifacts, group_ms=0, now_ms=lambda: self.now_ms
-        )
+    def new_monitor(self, *, group_ms: int = 0) -> Monitor:
+        where = self.phoenix.monitoring, self.phoenix.registry, self.phoenix.artifacts
+        return Monitor(*where, group_ms=group_ms, now_ms=lambda: self.now_ms)
 
     def add(self, model_id: str = "risk", version: str = "1.0.0", *, with_outcomes: bool = True) -> None:
         artifact = onnx_models.write(
@@ -380,6 +378,27 @@ def flap(cases: Casebook, minute: int) -> None:
     else:
         (incident,) = cases.unresolved("1.0.0").values()
         cases.resolve(incident, "the stream is back", at_ms)
+
+
+def test_a_cause_that_lasts_is_told_once_and_so_is_its_end(world: World) -> None:
+    """By the default grouping, over many groups, and by monitors that each die after a batch: no reminder, no echo."""
+    world.add()
+    world.set(batch_rows=200, left_out=["_score"])
+    group_ms = world.phoenix.settings.alerts_group_s * 1000
+    units = [1000.0] * 20 + [1.0] * 20
+    for unit in units:
+        world.monitor = world.new_monitor(group_ms=group_ms)
+        world.now_ms += MINUTE_MS
+        world.see(world.rows(200) * [1.0, unit])
+
+    told, _ = world.phoenix.monitoring.alerts("risk", 100, None)
+    assert group_ms <= 10 * MINUTE_MS
+    assert world.incidents(unresolved=False) == ["schema:income:unit"]
+    assert [one.text.partition(": ")[2].startswith("over: schema:income:unit") for one in told] == [
+        True,
+        False,
+    ]
+    assert told[0].incidents == told[1].incidents
 
 
 def test_what_comes_and_goes_is_told_once_an_hour() -> None:
