@@ -306,7 +306,7 @@ def test_a_kafka_that_does_not_answer_is_told_of_in_time(kafka_server: KafkaServ
                 asked = [pool.submit(attempt) for attempt in attempts(letters, event)]
                 errors = [attempt.exception(KAFKA_DEADLINE_S) for attempt in asked]
         finally:
-            kafka_server.thaw()
+            kafka_server.start()
 
     for error in errors:
         assert isinstance(error, EventsUnavailable)

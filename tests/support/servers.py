@@ -97,14 +97,15 @@ class Server(ABC):
 
     def start(self) -> None:
         """Return when the server answers: starts one that has ended, thaws a frozen one."""
-        if self._running() is not None:
-            self.thaw()
-            return
         if self._folder is None:
             self._folder = self._make_folder()
         give_up_at = time.monotonic() + self.start_deadline_s
-        self._process = self._spawn(self._folder)
+        if self._running() is not None:
+            self.thaw()
+        else:
+            self._process = self._spawn(self._folder)
         while True:
+            assert self._process is not None
             if self._running() is None:
                 if not self._may_start_later(self._folder):
                     raise self._error(f"ended at once with status {self._process.returncode}")

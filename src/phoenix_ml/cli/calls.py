@@ -157,7 +157,9 @@ def score_file(
 
     with (
         opened(data) as phoenix,
-        Progress(*Progress.get_default_columns(), console=err, transient=True) as bar,
+        Progress(
+            *Progress.get_default_columns(), console=err, transient=True, disable=not err.is_terminal
+        ) as bar,
     ):
         version = watched_version(phoenix, model_id, model_version)
         check_takes_rows(version.metadata)

@@ -190,7 +190,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 @contextmanager
 def working(doing: str) -> Iterator[None]:
     """Shows on a terminal that something goes on, until it has ended. What is printed meanwhile goes to standard error."""
-    with Progress(console=err, transient=True) as progress:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         progress.add_task(escape(doing), total=None)
         yield
 

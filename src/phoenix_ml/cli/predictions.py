@@ -154,7 +154,10 @@ def predictions_export(
     since_ms = None if since is None else epoch_ms(since, "since")
     until_ms = None if until is None else epoch_ms(until, "until")
     written = left_out = 0
-    with opened(data) as phoenix, Progress(console=err, transient=True) as progress:
+    with (
+        opened(data) as phoenix,
+        Progress(console=err, transient=True, disable=not err.is_terminal) as progress,
+    ):
         version = watched_version(phoenix, model_id or _single_model(phoenix), model_version)
         query = PredictionQuery(version.model_id, model_version, since_ms=since_ms, until_ms=until_ms)
         broken = find_broken_data(phoenix.monitoring, version.model_id, version.version)
