@@ -568,7 +568,7 @@ def open_incident(phoenix: Phoenix, cause: str, *, explains_drift: bool) -> None
         id=new_id(),
         model_id="risk",
         model_version="1.0.0",
-        kind=IncidentKind(cause.partition(":")[0]),
+        kind=IncidentKind(cause.partition(":")[0].replace("missing", "drift")),
         cause=cause,
         severity=Severity.CRITICAL,
         summary="income comes in another unit",
@@ -590,6 +590,8 @@ def open_incident(phoenix: Phoenix, cause: str, *, explains_drift: bool) -> None
         ("schema:income:range", False, {"drifted": ["income"]}, JobStatus.REGISTERED),
         ("schema:income:infinite", False, {"drifted": ["income"]}, JobStatus.REGISTERED),
         ("drift:income", False, {"drifted": ["income"]}, JobStatus.REGISTERED),
+        ("missing:income", True, {"drifted": ["income"]}, JobStatus.REJECTED),
+        ("missing:income", False, {"drifted": ["income"]}, JobStatus.REGISTERED),  # fewer are missing
         ("schema:income:unit", True, {}, JobStatus.REGISTERED),  # a person has asked
     ],
 )
@@ -611,7 +613,7 @@ def test_nothing_is_trained_on_data_that_has_turned_out_to_be_broken(
     assert job.status is status
     assert (tmp_path / "runs").exists() is (status is JobStatus.REGISTERED)
     if status is JobStatus.REJECTED:
-        assert job.error == "its data is broken, which no model must learn: schema:income:unit is open"
+        assert job.error == f"its data is broken, which no model must learn: {cause} is open"
 
 
 def test_a_model_whose_data_turns_out_to_be_broken_while_it_is_trained_is_not_registered(

@@ -50,13 +50,23 @@ class World:
         where = self.phoenix.monitoring, self.phoenix.registry, self.phoenix.artifacts
         return Monitor(*where, group_ms=group_ms, now_ms=lambda: self.now_ms)
 
-    def add(self, model_id: str = "risk", version: str = "1.0.0", *, with_outcomes: bool = True) -> None:
+    def add(
+        self,
+        model_id: str = "risk",
+        version: str = "1.0.0",
+        *,
+        with_outcomes: bool = True,
+        missing: float = 0.0,
+    ) -> None:
+        """``missing`` is the share of the reference's rows whose income is not known."""
         artifact = onnx_models.write(
             self.folder / "model.onnx", onnx_models.linear_regressor(2, bias=float(len(self.versions)))
         )
         values = self.rows(4000)
+        values[: round(missing * len(values)), 1] = 0.0
         truth = self.answers(model_id, version, values) + self.random.normal(size=len(values))
         columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "y": truth.tolist()}
+        columns["income"] = [value or None for value in columns["income"]]
         where = self.phoenix.registry, self.phoenix.artifacts, self.phoenix.engines
         register(
             *where,
@@ -86,8 +96,9 @@ class World:
         *,
         errors: Sequence[float] | NDArray[np.float64] | None = None,
         truth: object = None,
+        sources: Sequence[str] | None = None,
     ) -> None:
-        """Logs an answer a row, and its outcome where there are errors, or one truth for all."""
+        """Logs an answer a row, and its outcome where there are errors, or one truth for all; ``sources`` has a row's letters."""
         registered = self.versions[model_id, version]
         row_format = RowFormat(registered.metadata.columns)
         recorded = []
@@ -102,7 +113,7 @@ class World:
                 probabilities=None,
                 role=Role.CHAMPION,
                 sha256=registered.sha256,
-                sources="rr",
+                sources="rr" if sources is None else sources[i],
                 created_at_ms=self.now_ms,
             )
             events: list[PredictionMade | OutcomeReported] = [made]
@@ -202,6 +213,79 @@ def test_one_client_of_several_with_another_unit_asks_for_no_retraining(world: W
 
     assert "schema:income:unit" in world.incidents()
     assert world.requests() == []
+
+
+def absent(values: NDArray[np.float64], letter: str, share: float = 1.0) -> list[str]:
+    """A row's letters of sources; the first rows have no income that anybody has measured."""
+    count = round(share * len(values))
+    return ["r" + letter] * count + ["rr"] * (len(values) - count)
+
+
+@pytest.mark.parametrize("letter", ["m", "o", "d"])
+@pytest.mark.parametrize("size", [100, BATCH_ROWS])
+@pytest.mark.parametrize("policy", ["designed", "classic"])
+def test_outcomes_of_values_that_stay_away_ask_for_no_retraining(
+    world: World, letter: str, size: int, policy: str
+) -> None:
+    """Missing, stale or filled in by a default: the answers are wrong because a source is down, and no training mends it."""
+    world.add()
+    world.set(policy=policy, left_out=["_score", "age"], min_outcomes=0)
+    for _ in range(3000 // size):
+        values = world.rows(size)
+        world.log(values, errors=np.full(size, WRONG), sources=absent(values, letter))
+        world.step()
+
+    # Outcomes that come before the batch is full in which it shows raise their alarm, the others are not looked at.
+    assert world.incidents() == ["missing:income"] + ["quality:outcomes"] * (size < BATCH_ROWS)
+    assert world.requests() == []
+
+
+@pytest.mark.parametrize("policy", ["designed", "classic"])
+def test_moved_answers_to_values_that_stay_away_ask_for_no_retraining(world: World, policy: str) -> None:
+    """Another feature and the scores drift with them, as where a default stands in: two signs of one defect."""
+    world.add()
+    world.set(policy=policy, min_outcomes=0)
+    for _ in range(3):
+        values = world.rows(BATCH_ROWS)
+        values[:, 0] += 2.0
+        world.log(values, sources=absent(values, "d"))
+        world.step()
+
+    assert world.incidents() == ["drift:_score", "drift:age", "missing:income", "schema:age:range"]
+    assert world.requests() == []
+
+
+def test_what_outcomes_said_while_values_stayed_away_is_forgotten_once_they_are_back(world: World) -> None:
+    """They judged the source that was down; asked for a day later, a retraining would be as wrong."""
+    world.add()
+    world.set(left_out=["_score"], min_outcomes=1)
+    for _ in range(20):
+        values = world.rows(100)
+        world.log(values, errors=np.full(100, WRONG), sources=absent(values, "m"))
+        world.step()
+    while_away = world.incidents()
+
+    world.see(*(world.rows(BATCH_ROWS) for _ in range(3)))
+    once_back = world.incidents(), world.requests()
+    for _ in range(2):
+        world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
+        world.step()
+
+    assert while_away == ["missing:income", "quality:outcomes"]
+    assert once_back == ([], [])
+    assert world.requests() == ["outcomes"]
+
+
+def test_values_that_come_more_often_than_they_did_hold_up_no_retraining(world: World) -> None:
+    """The source has become better; the model is wrong all the same."""
+    world.add(missing=0.3)
+    world.set(left_out=["_score"])
+    for _ in range(3):
+        world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, WRONG))
+        world.step()
+
+    assert "missing:income" in world.incidents()
+    assert world.requests() == ["outcomes"]
 
 
 def test_outcomes_that_are_wrong_on_whole_data_ask_for_a_retraining_once(world: World) -> None:

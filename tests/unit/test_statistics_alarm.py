@@ -414,8 +414,30 @@ RETRAINING = [
     (Evidence(drifted=("a",), missing=("a",), score_moved=True), None),
     (Evidence(drifted=("a", "b"), missing=("a",), score_moved=True), "drift and moved scores"),
     (Evidence(is_outcome_alarm=True), "outcomes"),
-    (Evidence(schema=("a",), drifted=("b",), is_outcome_alarm=True, is_drop_confirmed=True), None),
+    (Evidence(drifted=("missing:a",), missing=("missing:a",), is_outcome_alarm=True), "outcomes"),
+    (Evidence(broken=("missing:a",), missing=("missing:a",), is_outcome_alarm=True), None),
+    (Evidence(broken=("missing:a",), drifted=("missing:a", "drift:b"), is_drop_confirmed=True), None),
+    (Evidence(broken=("missing:a",), drifted=("missing:a", "drift:b"), score_moved=True), None),
+    (Evidence(broken=("a",), drifted=("b",), is_outcome_alarm=True, is_drop_confirmed=True), None),
 ]
+
+
+@pytest.mark.parametrize(
+    ("feature", "rule", "direction", "explains"),
+    [
+        ("income", "missing", "higher", True),
+        ("income", "missing", "lower", False),
+        ("income", "ks", "higher", False),
+        # What the model does not answer blames the model.
+        (SCORE, "missing", "higher", False),
+    ],
+)
+def test_values_that_stay_away_blame_the_data(
+    feature: str, rule: Any, direction: Any, explains: bool
+) -> None:
+    """Fewer missing ones do not, nor does any other change."""
+    alarm = FeatureAlarm(feature, "numeric", rule, 1, 1000, 0.0, 0.1, 0.5, direction)
+    assert alarm.explains_drift is explains
 
 
 @pytest.mark.parametrize(("evidence", "reason"), RETRAINING)

@@ -150,7 +150,7 @@ class Watch:
         held, state, settings = self._version(champion, look), self.state.versions[champion], look.settings
         evidence = held.evidence()
         reason = wants_retraining(evidence)
-        if look.is_classic and evidence.drifted and not evidence.schema:
+        if look.is_classic and evidence.drifted and not evidence.broken:
             reason = "a Kolmogorov-Smirnov p below 0.05"
         if reason is None or settings.healing_paused:
             return

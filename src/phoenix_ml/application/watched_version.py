@@ -137,17 +137,21 @@ class _Counting:
     def begin_anew(self) -> None:
         """Forgets all counts."""
         self.counts = self.counter.zero()
+        self.newest = self.counts
         self.ring: deque[CellCounts] = deque(maxlen=MOST_BATCHES)
 
     def add_batch(self, counts: CellCounts, settings: MonitorSettings) -> tuple[SchemaViolation, ...]:
         """What in the batch are no values of their features.
 
         They stay out of the ring, and so does what the model made of them: they would pass for drift in every window
-        that they are in, or hide it, for 64 batches.
+        that they are in, or hide it, for 64 batches. So it is with a feature whose values stay away, but only in later
+        windows: that they do is what the alarm tells of the newest batch.
         """
         violations = self.violations(counts, settings)
         broken = {one.feature for one in violations if one.explains_drift}
-        self.ring.append(self.counter.without(counts, {*broken, SCORE, RESULT}) if broken else counts)
+        self.newest = self.counter.without(counts, {*broken, SCORE, RESULT}) if broken else counts
+        away = self.away(counts, settings)
+        self.ring.append(self.counter.without(self.newest, {*away, SCORE, RESULT}) if away else self.newest)
         return violations
 
     def violations(self, counts: CellCounts, settings: MonitorSettings) -> tuple[SchemaViolation, ...]:
@@ -155,12 +159,21 @@ class _Counting:
         found = check_schema(self.baseline, counts, settings.effect, settings.effects)
         return tuple(one for one in found if one.feature not in settings.left_out)
 
+    def away(self, counts: CellCounts, settings: MonitorSettings) -> set[str]:
+        """The features of which more values are missing in these counts alone than in the reference."""
+        alarms = self._alarm_by(settings).check_one(counts).alarms
+        return {one.feature for one in alarms if one.explains_drift and not one.is_advisory}
+
     def check(self, settings: MonitorSettings) -> DriftCheck:
+        """One look at the newest batch and what is kept of those before it."""
+        return self._alarm_by(settings).check([*list(self.ring)[:-1], self.newest] if self.ring else [])
+
+    def _alarm_by(self, settings: MonitorSettings) -> DriftAlarm:
         """The thresholds are made anew only when the settings have changed: they take longer than a check."""
         wanted = alarm_settings(settings)
         if self._alarm is None or self._alarm[0] != wanted:
             self._alarm = wanted, DriftAlarm(self.baseline, wanted)
-        return self._alarm[1].check(list(self.ring))
+        return self._alarm[1]
 
 
 class WatchedVersion:
@@ -253,13 +266,13 @@ class WatchedVersion:
         violations = counting.add_batch(counting.counts, look.settings)
         self._see_violations(violations, look)
         self._check(counting, violations, look)
+        self._tell_broken_from_whole(look)
         counting.counts = counting.counter.zero()
         self._recent.clear()
         state.number += 1
         state.rows = 0
 
     def _see_violations(self, violations: Sequence[SchemaViolation], look: Look) -> None:
-        state = self._state
         seen = set()
         for one in violations:
             cause = f"schema:{one.feature}:{one.kind}"
@@ -268,7 +281,11 @@ class WatchedVersion:
             evidence = to_facts(one) | {"explains_drift": one.explains_drift}
             self._saw(IncidentKind.SCHEMA, cause, severity, one.summary, evidence, look)
         self._missed(IncidentKind.SCHEMA, seen, "the values are back", look)
-        is_broken = any(one.explains_drift for one in violations)
+
+    def _tell_broken_from_whole(self, look: Look) -> None:
+        """Opens a broken period with the batch that was just ended, or closes the one that is open."""
+        state = self._state
+        is_broken = bool(_broken_features(self._cases, self._name))
         if is_broken and (not state.broken or state.broken[-1][1] is not None):
             state.broken = join_periods([*state.broken, (state.started_at_ms, None)], _MOST_BROKEN_PERIODS)
         _mend(self._name, state, self._cases, look.at_ms)
@@ -285,7 +302,9 @@ class WatchedVersion:
         report: DriftReport | None = None
         if look.is_classic:
             report = self._compare(counting, rows, look)
-            alarms: tuple[FeatureAlarm, ...] = classic_alarms(report)
+            # That values stay away is no test of theirs, and data that is none is none under any policy.
+            away = tuple(one for one in check.alarms if one.rule == "missing" and not one.is_advisory)
+            alarms: tuple[FeatureAlarm, ...] = classic_alarms(report) + away
         else:
             alarms = tuple(one for one in check.alarms if not one.is_advisory)
         unexplained = [one for one in alarms if one.feature not in silent]
@@ -312,7 +331,11 @@ class WatchedVersion:
             by_cause.setdefault(f"{rule}:{one.feature}", []).append(one)
         for cause, found in by_cause.items():
             worst = max(found, key=lambda one: one.distance)
-            evidence = {"alarms": [to_facts(one) for one in found], "rows": check.rows}
+            evidence = {
+                "alarms": [to_facts(one) for one in found],
+                "rows": check.rows,
+                "explains_drift": any(one.explains_drift for one in found),
+            }
             self._saw(IncidentKind.DRIFT, cause, Severity.WARNING, worst.summary, evidence, look)
         # Of a feature whose values are none, nobody can say that it is back.
         unknown = {f"{rule}:{feature}" for rule in ("missing", "drift") for feature in silent}
@@ -443,20 +466,21 @@ class WatchedVersion:
         return Evidence(
             drifted=tuple(drift),
             missing=tuple(cause for cause in drift if cause.startswith("missing:")),
-            schema=_broken_features(self._cases, self._name),
+            broken=_broken_features(self._cases, self._name),
             is_drop_confirmed=state.is_drop_confirmed,
             is_outcome_alarm=state.detector is not None and state.detector.is_alarm and not is_too_early,
             score_moved=state.score_moved,
         )
 
     def newest_are_broken(self, settings: MonitorSettings) -> bool:
-        """Whether the newest rows have values that are none, which the open batch has not told yet."""
+        """Whether values of the newest rows are none or stay away, which the open batch has not told yet."""
         if self._counting is None:
             return False
         rows = self._monitoring.latest(self._model_id, self._name, FEWEST_ROWS)
         columns, absent, _ = columns_of(self._row_format, rows)
         counts = self._counting.counter.count(columns, absent=absent)
-        return any(one.explains_drift for one in self._counting.violations(counts, settings))
+        violations = self._counting.violations(counts, settings)
+        return any(one.explains_drift for one in violations) or bool(self._counting.away(counts, settings))
 
     # Reports.
 
@@ -511,7 +535,7 @@ class WatchedVersion:
 def close(incident: Incident, why: str, state: VersionState, cases: Casebook, now_ms: int) -> None:
     """Ends an incident of a version, and what was counted only because of it."""
     cases.resolve(incident, why, now_ms)
-    if incident.kind is IncidentKind.SCHEMA:
+    if incident.is_broken_data:
         _mend(incident.model_version, state, cases, now_ms)
     elif incident.cause == _BY_OUTCOMES:
         state.forget_outcomes()
@@ -562,7 +586,7 @@ def join_periods(periods: list[tuple[int, int | None]], most: int) -> list[tuple
 
 
 def _broken_features(cases: Casebook, version: str) -> tuple[str, ...]:
-    """The causes of open schema incidents that explain whatever else is seen."""
+    """The causes of open incidents that explain whatever else is seen."""
     return tuple(cause for cause, one in cases.unresolved(version).items() if one.is_broken_data)
 
 

@@ -47,6 +47,12 @@ class FeatureAlarm(Struct, frozen=True):
     is_advisory: bool = False
 
     @property
+    def explains_drift(self) -> bool:
+        """Whether the data is to blame: more values of a feature stay away than in the reference."""
+        is_output = self.feature in (SCORE, RESULT)
+        return self.rule == "missing" and self.direction == "higher" and not is_output
+
+    @property
     def summary(self) -> str:
         """One line for people."""
         name = {SCORE: "the model's scores", RESULT: "the model's answers"}.get(self.feature, self.feature)
@@ -156,13 +162,13 @@ class DriftReport(Struct, frozen=True):
 class Evidence(Struct, frozen=True):
     """What is known of a version's troubles when somebody asks whether it should be trained again.
 
-    ``drifted`` are the causes of open drift incidents, ``missing`` those that are about missing values only, ``schema`` open
-    violations that explain drift (SchemaViolation.explains_drift).
+    ``drifted`` are the causes of open drift incidents, ``missing`` those that are about missing values only, ``broken`` those of
+    open incidents that blame the data (Incident.is_broken_data).
     """
 
     drifted: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    schema: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
     is_drop_confirmed: bool = False
     is_outcome_alarm: bool = False
     score_moved: bool = False
@@ -179,9 +185,9 @@ def wants_retraining(evidence: Evidence) -> str | None:
     >>> wants_retraining(Evidence(drifted=("income",)))
     >>> wants_retraining(Evidence(is_outcome_alarm=True))
     'outcomes'
-    >>> wants_retraining(Evidence(schema=("income",), is_outcome_alarm=True))
+    >>> wants_retraining(Evidence(broken=("schema:income:unit",), is_outcome_alarm=True))
     """
-    if evidence.schema:
+    if evidence.broken:
         return None
     if evidence.is_outcome_alarm:
         return "outcomes"

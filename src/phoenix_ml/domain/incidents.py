@@ -7,7 +7,9 @@ from msgspec import Struct
 
 
 class IncidentKind(StrEnum):
-    """What an incident blames. Only drift and quality can lead to a retraining; schema blames the data."""
+    """What an incident blames. Only drift and quality can lead to a retraining; schema blames the data, and so does drift
+    of how many values are missing where that has risen.
+    """
 
     DRIFT = "drift"
     SCHEMA = "schema"
@@ -51,8 +53,10 @@ class Incident(Struct, frozen=True):
 
     @property
     def is_broken_data(self) -> bool:
-        """Whether it says that no model may learn what is sent: values that are none, more than a few of them."""
-        return self.kind is IncidentKind.SCHEMA and bool(self.evidence.get("explains_drift"))
+        """Whether it says that no model may learn what is sent: values that are none, more than a few of them, or values
+        that stay away.
+        """
+        return bool(self.evidence.get("explains_drift"))
 
 
 class Alert(Struct, frozen=True):
