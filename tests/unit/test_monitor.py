@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -424,6 +425,61 @@ def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(w
     assert "error_rate" not in before.report["quality"]
     assert after.report["quality"]["error_rate"] == 1.0
     assert "quality:outcomes" in world.incidents()
+
+
+def performance(world: World, limit: int = 100) -> list[tuple[int, dict[str, Any]]]:
+    """Rows and content of the reports, the newest first."""
+    found = world.phoenix.monitoring.reports("risk", "performance", limit=limit)
+    return [(one.rows, one.report) for one in found]
+
+
+def test_quality_is_reported_where_no_outcome_has_come(world: World) -> None:
+    """Most models never hear how it went: the estimate is all that there is, and nothing is made up beside it."""
+    world.add()
+    world.see(*(world.rows(BATCH_ROWS) for _ in range(3)))
+    before = performance(world)
+    world.now_ms += MINUTE_MS
+    world.see(world.rows(BATCH_ROWS))
+    after = performance(world)
+
+    (rows, report) = after[0]
+    assert (len(before), len(after)) == (1, 2)
+    assert (rows, report["state"], report["quality"], report["measured_at"]) == (
+        0,
+        "insufficient data",
+        {"n": 0},
+        None,
+    )
+    # Errors of the reference are normal with a standard deviation of one: √(2/π) on average.
+    assert report["estimate"]["metric"] == "mae"
+    assert report["estimate"]["value"] == pytest.approx(math.sqrt(2 / math.pi), abs=0.05)
+
+
+def test_who_asks_for_a_check_gets_the_estimate_of_quality_too(world: World) -> None:
+    """Outcomes have not come, which is when somebody asks."""
+    world.add()
+    world.see(world.rows(BATCH_ROWS))
+    world.phoenix.monitoring.request_check("risk", world.now_ms)
+
+    world.step()
+
+    assert [report["estimate"]["n"] for _, report in performance(world)] == [BATCH_ROWS] * 2
+
+
+def test_an_estimate_hides_no_figures_that_were_measured(world: World) -> None:
+    """Outcomes come once a day, batches all day: whoever asks for the latest sees both."""
+    world.add()
+    world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, 0.5))
+    world.step()
+    measured_at = performance(world, 1)[0][1]["measured_at"]
+    world.now_ms += MINUTE_MS
+    world.log(world.rows(10), errors=np.full(10, WRONG))
+
+    world.see(world.rows(BATCH_ROWS))
+
+    (rows, report) = performance(world, 1)[0]
+    assert (rows, report["state"], report["measured_at"]) == (BATCH_ROWS, "measured", measured_at)
+    assert report["quality"]["mae"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_outcomes_that_say_nothing_are_no_outcomes_to_train_on(world: World) -> None:

@@ -26,6 +26,7 @@ from phoenix_ml.application.ports import (
     WatchedOutcome,
     WatchedPrediction,
 )
+from phoenix_ml.application.reports import iso_time
 from phoenix_ml.application.statistics.alarm import FEWEST_ROWS, AlarmSettings, DriftAlarm, check_schema
 from phoenix_ml.application.statistics.cells import CellCounter, CellCounts
 from phoenix_ml.application.statistics.detector import LossDetector, objective
@@ -55,6 +56,13 @@ _BY_OUTCOMES = "quality:outcomes"
 _BY_ESTIMATE = "quality:estimate"
 
 
+class Measured(Struct, frozen=True):
+    """What outcomes said of the answers, as a report has it, and when."""
+
+    quality: dict[str, Any]
+    at_ms: int | None = None
+
+
 class Judged(Struct, frozen=True, array_like=True):
     """An answer and its outcome."""
 
@@ -70,7 +78,7 @@ class VersionState(Struct):
     ``number`` is the open batch's; ``estimate`` the last one's. ``broken`` are the periods in which its data was
     no data of these features: outcomes of predictions made then say nothing about the model. ``rows_since_alarm`` is
     how many predictions were counted since outcomes raised the alarm; batches before ``ring_from`` are of an earlier time
-    in which the version answered.
+    in which the version answered. ``measured`` is the last whole window of outcomes.
     """
 
     number: int = 0
@@ -91,6 +99,8 @@ class VersionState(Struct):
     was_answering: bool = False
     drift_reported_at_ms: int = 0
     drifted: tuple[str, ...] = ()
+    performance_reported_at_ms: int = 0
+    measured: Measured | None = None
 
     def forget_counts(self) -> None:
         """Later windows begin with the open batch, and that one anew."""
@@ -313,7 +323,11 @@ class WatchedVersion:
         if not broken:
             columns, _, outputs = columns_of(self._row_format, rows)
             estimate = estimate_performance(counting.baseline, self._metadata.task, outputs, columns)
+        had_dropped = state.is_drop_confirmed
         self._see_estimate(counting.baseline, estimate, look)
+        is_due = look.at_ms - state.performance_reported_at_ms >= _REPORT_EVERY_MS
+        if estimate is not None and (is_due or state.is_drop_confirmed != had_dropped):
+            self._add_performance_report(look)
         look.figures.append(Figures(self._model_id, self._name, check.distances, None, estimate))
         drifted = tuple(sorted({one.feature for one in unexplained}))
         if drifted != state.drifted or look.at_ms - state.drift_reported_at_ms >= _REPORT_EVERY_MS:
@@ -403,7 +417,6 @@ class WatchedVersion:
             usable = usable[room:]
             if len(state.judged) >= window:
                 self._end_window(look)
-                state.judged = []
         detector = state.detector
         if detector is not None and detector.is_alarm:
             if state.rows_since_alarm is None:
@@ -423,7 +436,8 @@ class WatchedVersion:
     def _end_window(self, look: Look) -> None:
         state = self._state
         quality = self._measure(look.settings)
-        self._add_performance_report(quality, look)
+        state.measured, state.judged = Measured(self._to_figures(quality, look.settings), look.at_ms), []
+        self._add_performance_report(look)
         look.figures.append(Figures(self._model_id, self._name, {}, quality, None))
         p0 = self._objective(look.settings)
         is_good = quality.n >= FEWEST_OUTCOMES and p0 is not None and quality.error_rate <= p0
@@ -494,8 +508,8 @@ class WatchedVersion:
                 rows = self._monitoring.latest(self._model_id, self._name, wanted)
             report = self._compare(counting, rows, look)
             self._add_drift_report(report, counting.check(settings), look)
-        if state.judged:
-            self._add_performance_report(self._measure(settings), look)
+        if state.judged or state.measured is not None or state.estimate is not None:
+            self._add_performance_report(look)
 
     def _compare(self, counting: _Counting, rows: Sequence[WatchedPrediction], look: Look) -> DriftReport:
         if counting.reference is None:
@@ -508,23 +522,36 @@ class WatchedVersion:
         content = to_facts(report) | {"check": to_facts(check), "batches": self._state.number + 1}
         self._add_report("drift", report.rows, content, look)
 
-    def _add_performance_report(self, quality: Quality, look: Look) -> None:
-        state = self._state
-        detector = state.detector
+    def _to_figures(self, quality: Quality, settings: MonitorSettings) -> dict[str, Any]:
         figures = to_facts(quality)
-        if self._metadata.task is Task.REGRESSION and self._tolerance(look.settings) is None:
+        if self._metadata.task is Task.REGRESSION and self._tolerance(settings) is None:
             # Nobody has said which error is one.
             del figures["error_rate"], figures["tolerance"]
+        return figures
+
+    def _latest_measured(self, look: Look) -> Measured:
+        """By the outcomes since the last whole window, where they are enough to tell or there was none before."""
+        state = self._state
+        if state.judged and (state.measured is None or len(state.judged) >= FEWEST_OUTCOMES):
+            return Measured(self._to_figures(self._measure(look.settings), look.settings), look.at_ms)
+        return state.measured or Measured({"n": 0})
+
+    def _add_performance_report(self, look: Look) -> None:
+        state = self._state
+        state.performance_reported_at_ms = look.at_ms
+        measured, detector = self._latest_measured(look), state.detector
+        n = measured.quality["n"]
         content = {
-            "state": "measured" if quality.n >= FEWEST_OUTCOMES else "insufficient data",
-            "quality": figures,
+            "state": "measured" if n >= FEWEST_OUTCOMES else "insufficient data",
+            "quality": measured.quality,
+            "measured_at": iso_time(measured.at_ms),
             "reference": None if self._reference is None else to_facts(self._reference),
             "objective": self._objective(look.settings),
             "evidence": None if detector is None else min(detector.evidence, 1e12),
             "is_alarm": detector is not None and detector.is_alarm,
             "estimate": None if state.estimate is None else to_facts(state.estimate),
         }
-        self._add_report("performance", quality.n, content, look)
+        self._add_report("performance", n, content, look)
 
     def _add_report(self, kind: str, rows: int, content: dict[str, Any], look: Look) -> None:
         look.reports.append(

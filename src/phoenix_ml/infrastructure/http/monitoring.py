@@ -48,7 +48,7 @@ def monitoring_routes(phoenix: Phoenix) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=200)] = 1,
         cursor: str | None = None,
     ) -> Response:
-        """The latest windows of outcomes and what they say of the model, the newest first."""
+        """How good the model is, by the last outcomes and as it is estimated without them, the newest first."""
         return reports(model_id, "performance", model_version, limit, cursor)
 
     @router.post("/monitoring/{model_id}/drift/check", status_code=202)
