@@ -12,6 +12,7 @@ import onnx_models
 import pytest
 from numpy.typing import NDArray
 from sample_events import AT_MS, outcome, prediction
+from scipy.stats import ks_2samp, wasserstein_distance
 from sqlalchemy import update
 
 from phoenix_ml.application.casebook import Casebook, CaseState
@@ -65,6 +66,7 @@ class World:
         )
         values = self.rows(4000)
         values[: round(missing * len(values)), 1] = 0.0
+        self.reference = values
         truth = self.answers(model_id, version, values) + self.random.normal(size=len(values))
         columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "y": truth.tolist()}
         columns["income"] = [value or None for value in columns["income"]]
@@ -408,6 +410,29 @@ def test_the_report_that_is_kept_has_the_verdict_of_the_alarm(world: World) -> N
     ((report,), _) = world.phoenix.monitoring.reports("risk", "drift")
     verdicts = {one["feature"]: one["verdict"] for one in report.report["features"]}
     assert (verdicts["age"], verdicts["income"]) == ("steady", "drift")
+
+
+def the_score(world: World) -> dict[str, Any]:
+    """What the latest report has of the model's scores."""
+    (report,) = world.phoenix.monitoring.reports("risk", "drift")
+    (found,) = (one for one in report.report["features"] if one["feature"] == "_score")
+    return dict(found)
+
+
+def test_scores_are_compared_with_those_of_the_reference_as_features_are(world: World) -> None:
+    """Over cells their distance is too small, and there is none in standard deviations: they are what matters most."""
+    world.add()
+    recent = world.rows(BATCH_ROWS, shift=0.3)
+    world.see(recent)
+
+    reference, scores = (world.answers("risk", "1.0.0", rows) for rows in (world.reference, recent))
+    expected = ks_2samp(reference, scores, method="asymp")
+    found = the_score(world)
+    # Scores are kept to six digits.
+    assert found["statistic"] == pytest.approx(expected.statistic, abs=1e-3)
+    assert found["p"] == pytest.approx(expected.pvalue, rel=0.1)
+    distance = wasserstein_distance(reference, scores) / reference.std()
+    assert found["wasserstein"] == pytest.approx(distance, rel=1e-4)
 
 
 def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(world: World) -> None:

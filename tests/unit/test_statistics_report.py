@@ -18,8 +18,11 @@ from scipy.stats import chi2_contingency, false_discovery_control, ks_2samp, nor
 from phoenix_ml.application.statistics.alarm import AlarmSettings
 from phoenix_ml.application.statistics.baseline import describe_reference, reference_columns
 from phoenix_ml.application.statistics.report import classic_alarms, drift_report, ks_two_sample
+from phoenix_ml.domain.baselines import SCORE
 from phoenix_ml.domain.drift import Verdict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
+from phoenix_ml.domain.models import Task
+from phoenix_ml.domain.rows import Outputs
 from phoenix_ml.infrastructure.console.drift import drift_table
 from phoenix_ml.infrastructure.console.drift_page import drift_page
 
@@ -104,6 +107,19 @@ def test_a_category_of_the_report_equals_scipy(reference: list[str], recent: lis
     expected = chi2_contingency(table)
     assert expected.statistic == pytest.approx(found.statistic, rel=1e-12, abs=1e-12)
     assert expected.pvalue == pytest.approx(found.p, abs=1e-12)
+
+
+def test_a_reference_that_was_kept_without_scores_compares_them_over_cells() -> None:
+    """So do versions that were registered before scores were kept; their features have their rows."""
+    column = np.random.default_rng(1).normal(size=900).tolist()
+    outputs = Outputs(column)
+    baseline = describe_reference({"x": column}, {"x": FLOAT}, outputs=outputs, task=Task.REGRESSION)
+    arrays = reference_columns({"x": column}, {"x": FLOAT})
+
+    report = drift_report(baseline, arrays, {"x": column}, outputs=outputs, task=Task.REGRESSION)
+
+    found = {one.feature: (one.statistic, one.wasserstein) for one in report.features}
+    assert found == {"x": (0.0, 0.0), SCORE: (0.0, None)}
 
 
 def test_population_stability_index_is_that_of_the_references_deciles() -> None:

@@ -260,13 +260,18 @@ def describe(
     engines: Engines, path: Path, registration: Registration, reference: Reference | None, folder: Path
 ) -> Described:
     """The artifact, loaded and run; columns of its reference are a file in the folder. Raises ModelRefused."""
-    metadata = _describe(engines, path, registration, reference)
+    metadata, outputs = _describe(engines, path, registration, reference)
     if reference is None or metadata.baseline is None:
         return Described(metadata)
-    columns = folder / "reference.npz"
-    write_reference(
-        columns, reference_columns(reference.columns, metadata.contract, elements=_elements(metadata))
+    arrays = reference_columns(
+        reference.columns,
+        metadata.contract,
+        elements=_elements(metadata),
+        outputs=outputs,
+        task=metadata.task,
     )
+    columns = folder / "reference.npz"
+    write_reference(columns, arrays)
     return Described(metadata, columns)
 
 
@@ -275,7 +280,8 @@ def _describe(
     path: Path,
     registration: Registration,
     reference: Reference | None,
-) -> Metadata:
+) -> tuple[Metadata, Outputs | None]:
+    """The metadata, and what the model answers to its reference where it has one."""
     framework = registration.framework
     hints = ModelHints(registration.task, tuple(registration.features), framework)
     metadata = engines.inspect(path, hints)
@@ -291,7 +297,7 @@ def _describe(
         why = metadata.not_tabular or "it was registered as taking tensors"
         raise ModelRefused(f"a reference holds rows of features, which the model does not take: {why}")
     engines.load_tensors(path, metadata, framework, on_cpu=True)
-    return _checked(metadata)
+    return _checked(metadata), None
 
 
 def _describe_rows(
@@ -300,7 +306,7 @@ def _describe_rows(
     metadata: Metadata,
     registration: Registration,
     reference: Reference | None,
-) -> Metadata:
+) -> tuple[Metadata, Outputs | None]:
     contract = FeatureContract.check(metadata.columns, registration.features)
     metadata = msgspec.structs.replace(metadata, contract=contract)
     if reference is not None:
@@ -310,10 +316,11 @@ def _describe_rows(
     engine = engines.load(path, metadata, registration.framework, on_cpu=True)
     named = metadata.class_labels
     metadata = _try_out(engine, metadata, None if reference is None else reference.columns)
+    outputs = None
     if reference is not None:
         is_named = bool(named) and metadata.class_labels == named
-        metadata = _compare_with(reference, engine, metadata, is_named=is_named)
-    return _checked(metadata)
+        metadata, outputs = _compare_with(reference, engine, metadata, is_named=is_named)
+    return _checked(metadata), outputs
 
 
 def _checked(metadata: Metadata) -> Metadata:
@@ -328,8 +335,10 @@ def _elements(metadata: Metadata) -> dict[str, ElementType]:
     return {column.name: column.element for column in metadata.columns}
 
 
-def _compare_with(reference: Reference, engine: Engine, metadata: Metadata, *, is_named: bool) -> Metadata:
-    """The metadata with the baseline, and with what the model makes of the reference.
+def _compare_with(
+    reference: Reference, engine: Engine, metadata: Metadata, *, is_named: bool
+) -> tuple[Metadata, Outputs]:
+    """The metadata with the baseline, and what the model makes of the reference.
 
     ``is_named`` says that the class labels are those that the graph names.
     """
@@ -371,7 +380,7 @@ def _compare_with(reference: Reference, engine: Engine, metadata: Metadata, *, i
         # The scores are compared over fewer rows than the features, each as many as it has.
         whole = describe_reference(columns, metadata.contract, elements=elements, time=order)
         baseline = msgspec.structs.replace(baseline, rows=whole.rows, features=whole.features)
-    return msgspec.structs.replace(metadata, baseline=baseline)
+    return msgspec.structs.replace(metadata, baseline=baseline), outputs
 
 
 def settle_labels(outputs: Outputs, guessed: tuple[str | int, ...]) -> tuple[str | int, ...]:
