@@ -1,6 +1,7 @@
 """What monitors conclude from what is logged, step by step, over the embedded database."""
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from sample_events import AT_MS, outcome, prediction
 from scipy.stats import ks_2samp, wasserstein_distance
+from servers import wait_until
 from sqlalchemy import update
 
 from phoenix_ml.application.casebook import Casebook, CaseState
@@ -27,7 +29,9 @@ from phoenix_ml.domain.models import ModelVersion, Stage
 from phoenix_ml.domain.routing import Role
 from phoenix_ml.domain.rows import RowFormat
 from phoenix_ml.infrastructure.sql.schema import prediction_logs
-from phoenix_ml.settings import fixed_settings
+from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter
+from phoenix_ml.processes.monitor import MonitorRole
+from phoenix_ml.settings import Settings, fixed_settings, load_settings
 
 CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}
 BATCH_ROWS = 1000
@@ -39,9 +43,9 @@ MINUTE_MS = 60_000
 class World:
     """Models whose rows are standard normal, and a monitor that watches them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         self.folder = folder
-        self.phoenix: Phoenix = bootstrap(fixed_settings(data=folder / "data"))
+        self.phoenix: Phoenix = bootstrap(settings or fixed_settings(data=folder / "data"))
         self.phoenix.database.upgrade_if_new()
         self.now_ms = AT_MS
         self.random = np.random.default_rng(5)
@@ -59,22 +63,25 @@ class World:
         *,
         with_outcomes: bool = True,
         missing: float = 0.0,
+        has_flag: bool = False,
     ) -> None:
-        """``missing`` is the share of the reference's rows whose income is not known."""
+        """``missing`` is the share of the reference's rows whose income is not known; it is yes or no with ``has_flag``."""
         artifact = onnx_models.write(
             self.folder / "model.onnx", onnx_models.linear_regressor(2, bias=float(len(self.versions)))
         )
         values = self.rows(4000)
         values[: round(missing * len(values)), 1] = 0.0
+        values = flags(values) if has_flag else values
         self.reference = values
         truth = self.answers(model_id, version, values) + self.random.normal(size=len(values))
         columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "y": truth.tolist()}
-        columns["income"] = [value or None for value in columns["income"]]
+        columns["income"] = [bool(v) if has_flag else v or None for v in columns["income"]]
+        contract = CONTRACT | ({"income": FeatureRule(FeatureType.BOOLEAN)} if has_flag else {})
         where = self.phoenix.registry, self.phoenix.artifacts, self.phoenix.engines
         register(
             *where,
             artifact,
-            Registration(model_id, version, Stage.PROD, CONTRACT),
+            Registration(model_id, version, Stage.PROD, contract),
             actor="ann",
             reference=Reference(columns, None, "y" if with_outcomes else None),
         )
@@ -218,6 +225,10 @@ def test_one_client_of_several_with_another_unit_asks_for_no_retraining(world: W
     assert world.requests() == []
 
 
+def flags(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.column_stack([values[:, 0], values[:, 1] > 0])
+
+
 def absent(values: NDArray[np.float64], letter: str, share: float = 1.0) -> list[str]:
     """A row's letters of sources; the first rows have no income that anybody has measured."""
     count = round(share * len(values))
@@ -329,6 +340,62 @@ def test_classic_policy_asks_for_no_retraining_on_broken_data(world: World) -> N
 
     assert "schema:income:unit" in world.incidents()
     assert world.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("has_flag", "reason"),
+    [(False, "a Kolmogorov-Smirnov p below 0.05"), (True, "a chi-square p below 0.05")],
+)
+def test_classic_policy_asks_at_once_and_says_by_which_test(
+    world: World, has_flag: bool, reason: str
+) -> None:
+    """The rule that some must have: no outcome is waited for, and no effect is too small."""
+    world.add(has_flag=has_flag)
+    world.set(left_out=["_score", "age"], effect=0.3)
+    designed, classic = (world.rows(BATCH_ROWS, shift=0.4) for _ in range(2))
+    world.see(flags(designed) if has_flag else designed)
+    by_design = world.incidents(), world.requests()
+    world.set(policy="classic")
+
+    world.see(flags(classic) if has_flag else classic)
+
+    assert by_design == ([], [])
+    assert world.incidents() == ["drift:income"]
+    assert world.requests() == [reason]
+
+
+def test_classic_policy_names_both_tests_where_both_have_found_something(world: World) -> None:
+    """Whoever reads the request must not look at the wrong feature."""
+    world.add(has_flag=True)
+    world.set(policy="classic", left_out=["_score"])
+    values = world.rows(BATCH_ROWS, shift=1.0)
+    values[:, 0] += 1.0
+
+    world.see(flags(values))
+
+    assert world.requests() == ["a Kolmogorov-Smirnov and a chi-square p below 0.05"]
+
+
+def test_the_policy_of_the_environment_is_that_of_the_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read but not handed on, it would be a setting that does nothing."""
+    monkeypatch.setenv("PHOENIX_DRIFT_POLICY", "classic")
+    monkeypatch.setenv("PHOENIX_DATA", str(tmp_path / "data"))
+    stopping = threading.Event()
+    world = World(tmp_path, load_settings())
+    with closing(world.phoenix), MetricsWriter(tmp_path / "monitor.mmap") as metrics:
+        world.add()
+        world.log(world.rows(BATCH_ROWS, shift=0.5))
+        role = threading.Thread(target=MonitorRole(world.phoenix, metrics).run, args=(stopping,))
+        role.start()
+        try:
+            wait_until(lambda: bool(world.requests()), 30, "the monitor asks for a retraining")
+        finally:
+            stopping.set()
+            role.join()
+
+        assert world.requests() == ["a Kolmogorov-Smirnov p below 0.05"]
 
 
 def test_a_model_that_cannot_be_watched_holds_up_no_other(world: World) -> None:

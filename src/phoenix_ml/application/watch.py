@@ -150,8 +150,8 @@ class Watch:
         held, state, settings = self._version(champion, look), self.state.versions[champion], look.settings
         evidence = held.evidence()
         reason = wants_retraining(evidence)
-        if look.is_classic and evidence.drifted and not evidence.broken:
-            reason = "a Kolmogorov-Smirnov p below 0.05"
+        if look.is_classic and not evidence.broken:
+            reason = held.classic_reason() or reason
         if reason is None or settings.healing_paused:
             return
         if not look.is_classic and state.fresh_outcomes < settings.min_outcomes:

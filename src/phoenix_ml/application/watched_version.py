@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ from phoenix_ml.application.statistics.estimation import estimate_performance, i
 from phoenix_ml.application.statistics.quality import losses, measure_quality
 from phoenix_ml.application.statistics.report import classic_alarms
 from phoenix_ml.domain.baselines import RESULT, SCORE, Baseline, Estimate, Quality
-from phoenix_ml.domain.drift import DriftCheck, DriftReport, Evidence, FeatureAlarm, SchemaViolation
+from phoenix_ml.domain.drift import DriftCheck, DriftReport, Evidence, FeatureAlarm, SchemaViolation, Test
 from phoenix_ml.domain.errors import InvalidField
 from phoenix_ml.domain.healing import RetrainJob
 from phoenix_ml.domain.ids import new_id
@@ -51,6 +51,7 @@ _REPORT_EVERY_MS = 60_000
 # A report looks at no more rows; it is a person who reads it.
 _REPORT_ROWS = 10_000
 _MOST_BROKEN_PERIODS = 100
+_TESTS: Final[dict[Test, str]] = {"ks": "a Kolmogorov-Smirnov", "chi2": "a chi-square"}
 # Causes of incidents.
 _BY_OUTCOMES = "quality:outcomes"
 _BY_ESTIMATE = "quality:estimate"
@@ -485,6 +486,13 @@ class WatchedVersion:
             is_outcome_alarm=state.detector is not None and state.detector.is_alarm and not is_too_early,
             score_moved=state.score_moved,
         )
+
+    def classic_reason(self) -> str | None:
+        """Which test has found a p below 0.05; None where none has."""
+        drift = self._cases.unresolved(self._name, IncidentKind.DRIFT)
+        tests = {alarm.get("test") for one in drift.values() for alarm in one.evidence.get("alarms", ())}
+        found = [name for test, name in _TESTS.items() if test in tests]
+        return f"{' and '.join(found)} p below 0.05" if found else None
 
     def newest_are_broken(self, settings: MonitorSettings) -> bool:
         """Whether values of the newest rows are none or stay away, which the open batch has not told yet."""

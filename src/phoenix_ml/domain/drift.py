@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from phoenix_ml.domain.baselines import RESULT, SCORE
 
+Test = Literal["ks", "chi2"]
 Rule = Literal["ks", "ad", "level", "chi2", "missing", "constant", "classic"]
 
 # How far the scores must move, as a Kolmogorov-Smirnov distance, to be evidence that the model suffers.
@@ -30,7 +31,8 @@ class FeatureAlarm(Struct, frozen=True):
 
     ``statistic`` passed ``threshold`` in the last ``window`` batches of ``rows`` values; for the rules ``level`` and
     ``classic`` both are probabilities, and the statistic is the smaller one. ``distance`` is the greatest difference of the
-    distributions over cells, or of a level's share, which ``level`` names. ``direction`` is where the values went.
+    distributions over cells, or of a level's share, which ``level`` names. ``direction`` is where the values went. ``test``
+    made the probability of ``classic``.
     """
 
     feature: str
@@ -45,6 +47,7 @@ class FeatureAlarm(Struct, frozen=True):
     level: str | None = None
     design_effect: float = 1.0
     is_advisory: bool = False
+    test: Test | None = None
 
     @property
     def explains_drift(self) -> bool:
@@ -133,7 +136,7 @@ class FeatureDrift(Struct, frozen=True):
     labels: tuple[str, ...]
     shares: tuple[float, ...]
     reference_shares: tuple[float, ...]
-    test: Literal["ks", "chi2"] | None = None
+    test: Test | None = None
     statistic: float | None = None
     p: float | None = None
     p_adjusted: float | None = None

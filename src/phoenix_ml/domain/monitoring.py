@@ -16,7 +16,9 @@ _CHALLENGER = r"^(shadow|none|ab:(0?\.[0-9]*[1-9][0-9]*))$"
 
 
 class DriftPolicy(StrEnum):
-    """``designed`` has a stated error budget; ``classic`` calls any Kolmogorov-Smirnov p < 0.05 drift."""
+    """``designed`` has a stated error budget; ``classic`` calls any p < 0.05 drift, of Kolmogorov-Smirnov or,
+    for categories, of chi-square.
+    """
 
     DESIGNED = "designed"
     CLASSIC = "classic"

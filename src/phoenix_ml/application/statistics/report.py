@@ -81,7 +81,9 @@ def classic_alarms(report: DriftReport) -> tuple[FeatureAlarm, ...]:
     is left out is not looked at.
     """
     return tuple(
-        FeatureAlarm(one.feature, one.kind, "classic", 1, one.rows, one.p, CLASSIC, one.distance or 0.0)
+        FeatureAlarm(
+            one.feature, one.kind, "classic", 1, one.rows, one.p, CLASSIC, one.distance or 0.0, test=one.test
+        )
         for one in report.features
         if one.p is not None and one.p < CLASSIC and one.verdict is not Verdict.LEFT_OUT
     )
