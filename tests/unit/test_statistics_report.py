@@ -228,6 +228,24 @@ def test_a_report_judges_as_the_alarm_does() -> None:
     assert [alarm.feature for alarm in classic_alarms(report)] == ["moved"]
 
 
+def test_a_report_tells_of_no_broken_values_that_open_no_incident() -> None:
+    """What somebody has left out, or allowed to vary more, in red beside no incident looks like a monitor that sleeps."""
+    rng = np.random.default_rng(6)
+    names = ["ignored", "allowed", "watched"]
+    reference: dict[str, Any] = {name: rng.normal(size=5000).tolist() for name in names}
+    baseline = describe_reference(reference, dict.fromkeys(names, FLOAT))
+    recent = {name: rng.normal(size=1000) for name in names}
+    recent["ignored"] *= 1000
+    for name in ("allowed", "watched"):
+        recent[name][:300] += 10  # out of the range, but not by another unit
+
+    settings = AlarmSettings(left_out=("ignored",), effects={"allowed": 0.5})
+    report = drift_report(baseline, None, recent, settings=settings)
+
+    told = {one.feature: [found.kind for found in one.violations] for one in report.features}
+    assert told == {"ignored": [], "allowed": [], "watched": ["range"]}
+
+
 def test_both_forms_of_a_report_show_p_its_adjustment_and_what_the_classical_rule_calls_drift() -> None:
     """The one that looks at many features needs the adjusted p; the mark says what would have rung without it."""
 

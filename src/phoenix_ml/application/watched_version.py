@@ -167,8 +167,7 @@ class _Counting:
 
     def violations(self, counts: CellCounts, settings: MonitorSettings) -> tuple[SchemaViolation, ...]:
         """What in the counts are no values of their features, those left out aside."""
-        found = check_schema(self.baseline, counts, settings.effect, settings.effects)
-        return tuple(one for one in found if one.feature not in settings.left_out)
+        return check_schema(self.baseline, counts, alarm_settings(settings))
 
     def away(self, counts: CellCounts, settings: MonitorSettings) -> set[str]:
         """The features of which more values are missing in these counts alone than in the reference."""

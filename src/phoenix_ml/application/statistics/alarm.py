@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -521,14 +520,11 @@ def _gathered(windows: Sequence[_Window], places: NDArray[np.int64]) -> NDArray[
 
 
 def check_schema(
-    baseline: Baseline,
-    counts: CellCounts,
-    effect: float = 0.02,
-    effects: Mapping[str, float] = MappingProxyType({}),
+    baseline: Baseline, counts: CellCounts, settings: AlarmSettings | None = None
 ) -> tuple[SchemaViolation, ...]:
     """What in one batch are no values of the feature: infinite, of another type, or outside of the reference's range.
 
-    Values outside of the range count from a share of ``effect`` on (``effects`` by feature), and where that many of n would
+    Features that are left out are not looked at. Values outside of the range count from a share of ``effect`` on, and where that many of n would
     exceed the extremes of m reference rows by chance less often than once in 10⁶: Π_{i<k} (n − i)/(n + m − i), whatever the
     distribution (Wilks 1942). They are a wrong unit where they are most values, or where the share that counts is
     farther outside than FAR_SPANS times the range: one client of several that sends cents.
@@ -538,9 +534,12 @@ def check_schema(
     >>> [(found.kind, found.violating) for found in check_schema(baseline, counts)]
     [('unit', 300)]
     """
+    settings = settings or AlarmSettings()
     counter = CellCounter(baseline)
     violations = []
     for name, entry in counter.entries.items():
+        if name in settings.left_out:
+            continue
         start = counter.offsets[name]
         own = counts.counts[start : start + len(entry.cells) + EXTRAS]
         extras = own[len(entry.cells) :]
@@ -555,7 +554,8 @@ def check_schema(
         # The model's own answers have no unit, and a constant has no range to leave but itself.
         if name in (SCORE, RESULT) or entry.kind is FeatureKind.CONSTANT or values < FEWEST_ROWS:
             continue
-        outside, enough = int(extras[BELOW] + extras[ABOVE]), effects.get(name, effect) * values
+        effect = settings.effects.get(name, settings.effect)
+        outside, enough = int(extras[BELOW] + extras[ABOVE]), effect * values
         if outside >= enough and _log_chance_outside(outside, values, entry.present) < -math.log(1e6):
             is_unit = 2 * outside > values or extras[FAR] >= enough
             kind: Literal["unit", "range"] = "unit" if is_unit else "range"

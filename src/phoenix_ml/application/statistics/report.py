@@ -50,7 +50,7 @@ def drift_report(
     counts = counter.count(columns, absent=absent, outputs=outputs, task=task)
     check = alarm.check_one(counts)
     by_feature = {found.feature: found for found in check.alarms}
-    violations = check_schema(baseline, counts)
+    violations = check_schema(baseline, counts, alarm.settings)
     given: dict[str, Any] = dict(columns)
     if outputs is not None and (score := output_columns(task, outputs)[0]) is not None:
         given[SCORE] = score
