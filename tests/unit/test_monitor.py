@@ -1,5 +1,6 @@
 """What monitors conclude from what is logged, step by step, over the embedded database."""
 
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from phoenix_ml.application.casebook import Casebook, CaseState
 from phoenix_ml.application.catalogue import Reference, Registration, activate, register
 from phoenix_ml.application.monitoring import Monitor, Seen
 from phoenix_ml.application.ports import IncidentQuery, JobQuery, RecordedEvent
+from phoenix_ml.application.watch import ModelState
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.events import OutcomeReported, PredictionMade
 from phoenix_ml.domain.features import FeatureRule, FeatureType
@@ -64,8 +66,12 @@ class World:
         with_outcomes: bool = True,
         missing: float = 0.0,
         has_flag: bool = False,
+        is_hard_above: float = math.inf,
     ) -> None:
-        """``missing`` is the share of the reference's rows whose income is not known; it is yes or no with ``has_flag``."""
+        """``missing`` is the share of the reference's rows whose income is not known; it is yes or no with ``has_flag``.
+
+        Errors are ten times as large where the income is above ``is_hard_above``.
+        """
         artifact = onnx_models.write(
             self.folder / "model.onnx", onnx_models.linear_regressor(2, bias=float(len(self.versions)))
         )
@@ -73,7 +79,8 @@ class World:
         values[: round(missing * len(values)), 1] = 0.0
         values = flags(values) if has_flag else values
         self.reference = values
-        truth = self.answers(model_id, version, values) + self.random.normal(size=len(values))
+        spread = np.where(values[:, 1] > is_hard_above, 10.0, 1.0)
+        truth = self.answers(model_id, version, values) + spread * self.random.normal(size=len(values))
         columns = {"age": values[:, 0].tolist(), "income": values[:, 1].tolist(), "y": truth.tolist()}
         columns["income"] = [bool(v) if has_flag else v or None for v in columns["income"]]
         contract = CONTRACT | ({"income": FeatureRule(FeatureType.BOOLEAN)} if has_flag else {})
@@ -278,6 +285,7 @@ def test_what_outcomes_said_while_values_stayed_away_is_forgotten_once_they_are_
         world.log(values, errors=np.full(100, WRONG), sources=absent(values, "m"))
         world.step()
     while_away = world.incidents()
+    world.monitor = world.new_monitor()
 
     world.see(*(world.rows(BATCH_ROWS) for _ in range(3)))
     once_back = world.incidents(), world.requests()
@@ -481,7 +489,7 @@ def test_the_report_that_is_kept_has_the_verdict_of_the_alarm(world: World) -> N
 
 def the_score(world: World) -> dict[str, Any]:
     """What the latest report has of the model's scores."""
-    (report,) = world.phoenix.monitoring.reports("risk", "drift")
+    ((report,), _) = world.phoenix.monitoring.reports("risk", "drift")
     (found,) = (one for one in report.report["features"] if one["feature"] == "_score")
     return dict(found)
 
@@ -500,6 +508,104 @@ def test_scores_are_compared_with_those_of_the_reference_as_features_are(world: 
     assert found["p"] == pytest.approx(expected.pvalue, rel=0.1)
     distance = wasserstein_distance(reference, scores) / reference.std()
     assert found["wasserstein"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_an_incident_of_drift_ends_by_itself_when_the_stream_is_back(world: World) -> None:
+    """Nobody should have to close by hand what a bad hour has opened."""
+    world.add()
+    world.set(left_out=["_score"], batch_rows=200)
+    # So many that no window is new to which the two batches are.
+    world.see(*(world.rows(200) for _ in range(16)))
+    world.see(world.rows(200, shift=1.2), world.rows(200, shift=1.2))
+    while_drifted = world.incidents()
+
+    world.see(*(world.rows(200) for _ in range(30)))
+
+    assert while_drifted == ["drift:income"]
+    assert world.incidents() == []
+    (over,), _ = world.phoenix.monitoring.incidents(IncidentQuery("risk"))
+    assert over.resolution == "the stream is back"
+    told, _ = world.phoenix.monitoring.alerts("risk", 1, None)
+    assert told[0].text == "risk 1.0.0: over: drift:income, the stream is back"
+
+
+def test_an_estimated_drop_is_an_incident_and_asks_for_a_retraining(world: World) -> None:
+    """No outcome has come, but rows have that the model was always bad at; one batch of them may be chance."""
+    world.add(is_hard_above=1.0)
+    world.set(left_out=["_score"], min_outcomes=0)
+    world.see(world.rows(BATCH_ROWS, shift=1.0))
+    after_one = world.incidents(), world.requests()
+
+    world.see(world.rows(BATCH_ROWS, shift=1.0))
+    after_two = world.incidents(), world.requests()
+    world.see(*(world.rows(BATCH_ROWS) for _ in range(2)))
+
+    assert after_one == (["drift:income"], [])
+    assert after_two == (["drift:income", "quality:estimate"], ["drift and an estimated drop"])
+    assert "quality:estimate" not in world.incidents()
+
+
+def test_a_retraining_is_asked_for_again_after_the_cooldown_and_within_the_budget(world: World) -> None:
+    """Each costs money; a model that no training makes better must not be trained all day."""
+    world.add()
+    world.set(cooldown_s=3600, budget=2)
+
+    def suffer() -> int:
+        """How many requests there are after outcomes enough for one more."""
+        for _ in range(2):
+            world.log(world.rows(300), errors=np.full(300, WRONG))
+            world.step()
+        return len(world.requests())
+
+    first, in_cooldown = suffer(), suffer()
+    world.now_ms += 60 * MINUTE_MS
+    second = suffer()
+    world.now_ms += 24 * 60 * MINUTE_MS
+    beyond_budget = suffer()
+    world.now_ms += 30 * 24 * 60 * MINUTE_MS
+
+    assert (first, in_cooldown, second, beyond_budget, suffer()) == (1, 1, 2, 2, 3)
+
+
+def test_each_row_is_counted_once_by_monitors_that_work_side_by_side(world: World) -> None:
+    """Counted twice it would be sure of what is chance; left out, blind."""
+    models = ["a", "b", "c"]
+    for name in models:
+        world.add(name)
+    is_logged, start = threading.Event(), threading.Barrier(3)
+    counted: list[int] = []
+    expected = dict.fromkeys(models, 10 * 330)
+
+    def work() -> None:
+        with closing(bootstrap(fixed_settings(data=world.folder / "data"))) as own:
+            monitor = Monitor(own.monitoring, own.registry, own.artifacts, group_ms=0, read_rows=200)
+            start.wait(30)
+            while True:
+                was_logged = is_logged.is_set()
+                seen = monitor.step()
+                counted.append(seen.rows)
+                if was_logged and not seen.lag_rows:
+                    return
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    start.wait(30)
+    for _ in range(10):
+        for name in models:
+            world.log(world.rows(330), name)
+    is_logged.set()
+    for thread in threads:
+        thread.join()
+
+    assert sum(counted) == sum(expected.values())
+    for name, rows in expected.items():
+        batches = world.phoenix.monitoring.batches(name, "1.0.0")
+        _, state = world.phoenix.monitoring.state(name)
+        still_open = msgspec.msgpack.decode(state, type=ModelState).versions["1.0.0"].rows
+        assert sum(one.rows for one in batches) + still_open == rows
+        assert [one.number for one in batches] == [0, 1, 2]
+        assert all(one.last_seq < other.first_seq for one, other in itertools.pairwise(batches))
 
 
 def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(world: World) -> None:
@@ -521,7 +627,7 @@ def test_a_regression_for_which_nobody_said_what_an_error_is_has_no_error_rate(w
 
 def performance(world: World, limit: int = 100) -> list[tuple[int, dict[str, Any]]]:
     """Rows and content of the reports, the newest first."""
-    found = world.phoenix.monitoring.reports("risk", "performance", limit=limit)
+    found, _ = world.phoenix.monitoring.reports("risk", "performance", limit=limit)
     return [(one.rows, one.report) for one in found]
 
 
