@@ -2,18 +2,25 @@
 
 import contextlib
 import threading
+import time
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
 from proxy import FaultProxy
 from roads import read_batch
-from sample_events import SCHEMA, prediction
+from sample_events import DIGEST, SCHEMA, prediction
 from servers import HOST, KafkaServer, wait_until
 
 from phoenix_ml.domain.errors import EventsUnavailable
 from phoenix_ml.infrastructure.events.cloudevents import encode_record
+from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.events.kafka import INFERENCE_EVENTS, Kafka, KafkaEvents, KafkaOutbox
+from phoenix_ml.infrastructure.telemetry.catalogue import SHIP_HEARTBEAT
+from phoenix_ml.infrastructure.telemetry.metrics import MetricsWriter, render
+from phoenix_ml.processes.ship import ShipRole
+from phoenix_ml.settings import fixed_settings
 
 
 @pytest.mark.timeout(120)
@@ -81,3 +88,41 @@ def test_a_worker_that_stops_while_kafka_hangs_does_not_wait_for_it(kafka_server
         threading.Thread(target=close, daemon=True).start()
 
         assert closed.wait(30)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("events", [0, 1])
+def test_the_heartbeat_of_shipping_stands_still_while_kafka_hangs(
+    kafka_server: KafkaServer, tmp_path: Path, events: int
+) -> None:
+    """Readiness and an alert go by it: one that beats on, be there something to ship or not, says that all is well."""
+    kafka_server.start()
+    settings = fixed_settings(data=tmp_path)
+    stopping = threading.Event()
+
+    def silent_s() -> float:
+        return time.time() - float(render(tmp_path, (SHIP_HEARTBEAT,)).rsplit(b" ", 1)[1])
+
+    with (
+        FaultProxy(HOST, kafka_server.proxied_port, port=kafka_server.proxy_port) as network,
+        MetricsWriter(tmp_path / "ship.mmap") as metrics,
+        closing(JournalWriter(settings.journal_folder / "api-0")) as journal,
+        closing(
+            ShipRole(settings, Kafka(f"{kafka_server.proxied_url}/beats", partitions=1), metrics)
+        ) as role,
+    ):
+        begun = time.time()
+        thread = threading.Thread(target=role.run, args=(stopping,), daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: time.time() - silent_s() > begun + 1, 30, "it has begun to ship")
+            network.hang()
+            for _ in range(events):
+                journal.append(msgspec.msgpack.encode(prediction()), DIGEST, SCHEMA)
+            wait_until(lambda: silent_s() > 8, 30, "the heartbeat stands still")
+            network.up()
+            wait_until(lambda: silent_s() < 1, 30, "the heartbeat goes on")
+        finally:
+            stopping.set()
+            thread.join(30)
+    assert not thread.is_alive()

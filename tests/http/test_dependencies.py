@@ -205,6 +205,28 @@ def test_while_postgresql_is_down_predictions_go_on_and_are_logged_later(
     assert row["result"] == 14
 
 
+def test_while_kafka_is_down_readiness_says_so_and_predictions_go_on(tmp_path: Path) -> None:
+    """Whoever looks at it must not believe that events arrive; whoever asks for predictions is not concerned."""
+    server = PhoenixServer(tmp_path / "server", events="kafka://127.0.0.1:1", roles="ship")
+    with with_model(server, tmp_path):
+        lane = ServerLane(server.url)
+        background = server.pids()["background"]
+        ready = eventually(
+            lambda: lane.request("GET", "/health/ready"),
+            lambda response: response.json()["status"] != "ok",
+            "health says so",
+        )
+        answer = lane.request("POST", "/predict", json=ABC)
+        still = server.pids()["background"]
+        lane.close()
+
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    wrong = {name: said for name, said in ready.json()["checks"].items() if said != "ok"}
+    assert wrong == {"log": "predictions wait in the journal: no role gets them to kafka://127.0.0.1:1"}
+    assert ok(answer)["result"] == 14
+    assert still == background
+
+
 def _first_answer(server: PhoenixServer) -> httpx.Response:
     """The first answer of a process that is starting."""
     answers: list[httpx.Response] = []

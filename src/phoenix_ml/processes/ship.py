@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _MAX_EVENTS = 5000
 # An answer reaches Kafka this late when there is little traffic, and costs a request to Kafka of its own.
 _PAUSE_S = 0.05
+# Where there is nothing to ship, Kafka is asked this often whether it would take it.
+_ASK_EVERY_S = 5.0
 _LONGEST_BACKOFF_S = 10.0
 _COMPLAIN_AFTER_S = 2.0
 _COMPLAIN_EVERY_S = 30.0
@@ -46,6 +48,8 @@ class ShipRole:
         self._heartbeat.set(time.time())
         self._retries_seen = 0
         self._waits_since = 0.0
+        self._heard_at = float("-inf")
+        self._unacknowledged = 0
         self._complained_at = float("-inf")
 
     def run(self, stopping: threading.Event) -> None:
@@ -84,6 +88,9 @@ class ShipRole:
         records = self._reader.read(_MAX_EVENTS)
         unreadable: list[UnreadableEvent] = []
         self._waits_since = time.monotonic()
+        if not records and self._waits_since - self._heard_at > _ASK_EVERY_S:
+            self._outbox.check(INFERENCE_EVENTS)
+            self._heard_at = time.monotonic()
         refused = self._outbox.send(
             INFERENCE_EVENTS, self._messages(records, unreadable), lambda: self._keep_waiting(stopping)
         )
@@ -94,6 +101,7 @@ class ShipRole:
             self._dead.bury(event)
             self._dead_total.add()
         self._reader.commit()
+        self._heartbeat.set(time.time())
         self._tell()
         return len(records)
 
@@ -132,6 +140,9 @@ class ShipRole:
         return found
 
     def _keep_waiting(self, stopping: threading.Event) -> None:
+        before, self._unacknowledged = self._unacknowledged, self._outbox.unacknowledged
+        if self._unacknowledged < before:  # a slow network is not one that lets nothing through
+            self._heartbeat.set(time.time())
         self._tell()
         waited_s = time.monotonic() - self._waits_since
         if stopping.is_set() and waited_s > _STOP_PATIENCE_S:
@@ -142,7 +153,6 @@ class ShipRole:
             self._complain(f"{self._kafka.name} does not acknowledge: {self._outbox.trouble}")
 
     def _tell(self) -> None:
-        self._heartbeat.set(time.time())
         self._gauges.set_now_and_then(self._reader)
         retries = self._outbox.retries_total
         # A rebuilt producer counts from 0 again.

@@ -216,6 +216,21 @@ class KafkaOutbox:
         """What the connection last complained of."""
         return self._trouble.words or "no broker has answered yet"
 
+    @property
+    def unacknowledged(self) -> int:
+        """How many of the messages that are being sent Kafka has not acknowledged yet."""
+        return len(self._producer)
+
+    def check(self, topic: str) -> None:
+        """Returns when Kafka has answered. Raises EventsUnavailable when it does not."""
+        try:
+            self._producer.list_topics(self._kafka.full_name(topic), timeout=_TOPIC_PATIENCE_S)
+        except KafkaException as exc:
+            # Only now is it told why: the exception knows that time was up.
+            with contextlib.suppress(KafkaException):  # a fatal error, which the next message tells as well
+                self._producer.poll(0)
+            raise self._kafka.unavailable(exc.args[0], self._trouble.words) from exc
+
     def send(
         self,
         topic: str,

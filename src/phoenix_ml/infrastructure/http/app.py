@@ -351,13 +351,16 @@ async def _features_state(features: FeatureStore) -> str:
 
 
 def _log_state(phoenix: Phoenix) -> str:
-    """Whether the role that empties the journal has completed a step lately; its heartbeat is a metric."""
-    heartbeat = LOG_HEARTBEAT if phoenix.kafka is None else SHIP_HEARTBEAT
+    """Whether the role that empties the journal has got on lately; its heartbeat is a metric."""
+    kafka = phoenix.kafka
+    heartbeat, wrong = (
+        (LOG_HEARTBEAT, "no role takes them from there")
+        if kafka is None
+        else (SHIP_HEARTBEAT, f"no role gets them to {kafka.name}")
+    )
     shown = render(phoenix.settings.metrics_folder, (heartbeat,))
     silent_s = time.time() - float(shown.rsplit(b" ", 1)[1])
-    return (
-        "ok" if silent_s < _LOG_SILENT_S else "predictions wait in the journal: no role takes them from there"
-    )
+    return "ok" if silent_s < _LOG_SILENT_S else f"predictions wait in the journal: {wrong}"
 
 
 class _DatabaseProbe:

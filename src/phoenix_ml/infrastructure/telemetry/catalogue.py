@@ -82,7 +82,7 @@ SHIP_DEAD = Counter(
 )
 SHIP_HEARTBEAT = Gauge(
     "phoenix_ship_heartbeat_timestamp_seconds",
-    "When the ship role last completed a step or waited.",
+    "When the ship role last got on: events were acknowledged, or there were none and Kafka answers.",
     (),
     "max",
 )
