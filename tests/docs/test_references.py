@@ -271,6 +271,21 @@ def test_every_dependency_is_justified() -> None:
     assert sorted(listed) == sorted(expected)
 
 
+def test_uvicorn_is_of_the_minor_version_that_is_locked_and_no_other() -> None:
+    """The hot lane subclasses its protocol: another one, which no test has seen, may answer otherwise."""
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    (required,) = (one for one in project["dependencies"] if _package(one) == "uvicorn")
+    locks = sorted((_ROOT / "requirements").glob("*.txt"))
+    locked = {
+        (int(major), int(minor))
+        for lock in locks
+        for major, minor in re.findall(r"^uvicorn==(\d+)\.(\d+)", lock.read_text(), re.MULTILINE)
+    }
+
+    ((major, minor),) = locked
+    assert required == f"uvicorn>={major}.{minor},<{major}.{minor + 1}"
+
+
 def test_missing_libraries_are_named_as_the_extras_have_them() -> None:
     """`pip install 'phoenix-ml[redis]'` would install a stranger's package from PyPI."""
     extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
