@@ -4,6 +4,8 @@ imported only where they are chosen.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # SQLAlchemy takes half a second to import, which `phoenix-ml
     from phoenix_ml.infrastructure.events.kafka import Kafka, ModelAnnouncer
     from phoenix_ml.infrastructure.sql.database import Database
     from phoenix_ml.infrastructure.training.process import ProcessTrainer
+    from phoenix_ml.infrastructure.training.trial import ProcessTrials
 
 _REDIS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
 
@@ -178,6 +181,18 @@ def open_trainer(settings: Settings) -> ProcessTrainer | RemoteTrainer | None:
 
     memory = settings.trainer_memory_mib * 1024 * 1024
     return ProcessTrainer(command.strip(), limit_s=settings.trainer_limit_s, memory_bytes=memory or None)
+
+
+def open_trials(settings: Settings, *, limit_s: float, memory_mib: int) -> ProcessTrials:
+    """Where models are tried out: a process each, with these limits; 0 MiB is the usual limit."""
+    from phoenix_ml.infrastructure.training.trial import USUAL_MEMORY_BYTES, ProcessTrials
+
+    return ProcessTrials(
+        [sys.executable, "-m", "phoenix_ml.processes.trial"],
+        os.environ | settings.environment(),
+        limit_s=limit_s,
+        memory_bytes=memory_mib * 1024 * 1024 or USUAL_MEMORY_BYTES,
+    )
 
 
 def cache_features(

@@ -97,6 +97,16 @@ class Settings(BaseSettings):
         description="Largest tensor that is put on record whole; of a larger one the log has shape and SHA-256.",
     )
     upload_limit_bytes: int = Field(2048 * _MIB, ge=1024, description="Largest body of `POST /models`.")
+    upload_limit_s: float = Field(
+        600.0,
+        gt=0,
+        description="Longest time that an uploaded model may take to be loaded, run and described.",
+    )
+    upload_memory_mib: int = Field(
+        8192,
+        ge=2048,
+        description="Most memory that an uploaded model may take meanwhile, with its reference.",
+    )
     batch_limit: int = Field(1000, ge=1, description="Most instances or outcomes in one request.")
     keep_alive_s: int = Field(75, ge=1, description="How long an idle connection is kept open.")
     stop_timeout_s: int = Field(30, ge=1, description="How long a stop waits for requests in flight.")

@@ -30,7 +30,7 @@ from phoenix_ml.application.ports import (
     TrainingStopped,
 )
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
-from phoenix_ml.application.trial import Findings, Trial, try_out
+from phoenix_ml.application.trial import Description, Findings, Trial, try_out
 from phoenix_ml.application.watch import ModelState
 from phoenix_ml.application.watched_version import VersionState
 from phoenix_ml.bootstrap import Phoenix, bootstrap
@@ -147,7 +147,8 @@ def healer_with(
 class TrialsInline:
     """In the test's own process, which is quicker to start."""
 
-    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+    def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+        assert isinstance(trial, Trial)
         return try_out(OnnxEngines(), trial, read_spread)
 
 
@@ -414,7 +415,7 @@ class Trying(TrialsInline):
     def __init__(self, happens: Callable[[Callable[[], bool]], object]) -> None:
         self._happens = happens
 
-    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+    def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
         self._happens(keep_going)
         return super().run(trial, log_path, keep_going)
 

@@ -18,10 +18,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from phoenix_ml.application.catalogue import Registration
 from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
-from phoenix_ml.application.trial import Findings, Trial, Trials, try_out
+from phoenix_ml.application.trial import (
+    Description,
+    Findings,
+    Trial,
+    Trials,
+    describe_apart,
+    describe_here,
+    try_out,
+)
+from phoenix_ml.domain.errors import ModelRefused, PhoenixError
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
-from phoenix_ml.infrastructure.tables import read_spread
+from phoenix_ml.infrastructure.tables import read_columns, read_spread
 from phoenix_ml.infrastructure.training.trial import LEAST_MEMORY_BYTES, USUAL_MEMORY_BYTES, ProcessTrials
 from phoenix_ml.settings import fixed_settings
 
@@ -60,7 +69,9 @@ def in_process(limit_s: float = 60.0, memory_bytes: int = USUAL_MEMORY_BYTES) ->
 
 
 class Inline:
-    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+    def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+        if isinstance(trial, Description):
+            return describe_here(OnnxEngines(), trial, read_columns)
         return try_out(OnnxEngines(), trial, read_spread)
 
 
@@ -87,32 +98,6 @@ def test_why_a_model_is_no_candidate_is_said_in_words(tmp_path: Path, trials: Tr
     found = trials.run(trial(tmp_path, b"garbage"), tmp_path / "log", lambda: True)
 
     assert str(found.refused).startswith("the model is not fit to be registered: ")
-
-
-def endless() -> bytes:
-    """A loop of 2^62 rounds for every answer."""
-    scalar = helper.make_tensor_value_info
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["goes_on"], ["still"]),
-            helper.make_node("Add", ["v", "one"], ["next"]),
-        ],
-        "body",
-        [
-            scalar("round", TensorProto.INT64, []),
-            scalar("goes_on", TensorProto.BOOL, []),
-            scalar("v", TensorProto.FLOAT, [None, 1]),
-        ],
-        [scalar("still", TensorProto.BOOL, []), scalar("next", TensorProto.FLOAT, [None, 1])],
-        [numpy_helper.from_array(np.asarray(np.float32(1)), "one")],
-    )
-    return made(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["xw"]),
-            helper.make_node("Loop", ["rounds", "yes", "xw"], ["y"], body=body),
-        ],
-        {"w": np.ones((2, 1), np.float32), "yes": np.array(True), "rounds": np.int64(2**62)},
-    )
 
 
 def vast() -> bytes:
@@ -150,7 +135,7 @@ def test_a_model_that_never_answers_is_given_up(tmp_path: Path) -> None:
         return True
 
     with pytest.raises(TrainingFailed, match="longer than the 6 s"):
-        in_process(limit_s=6).run(trial(tmp_path, endless()), tmp_path / "log", keep_going)
+        in_process(limit_s=6).run(trial(tmp_path, onnx_models.endless()), tmp_path / "log", keep_going)
 
     assert max(later - earlier for earlier, later in itertools.pairwise(looked)) < 3
 
@@ -166,7 +151,7 @@ def test_a_model_that_never_answers_ends_with_its_healer(tmp_path: Path) -> None
         return not stopping.is_set()
 
     with pytest.raises(TrainingStopped):
-        in_process().run(trial(tmp_path, endless()), tmp_path / "log", keep_going)
+        in_process().run(trial(tmp_path, onnx_models.endless()), tmp_path / "log", keep_going)
 
 
 @pytest.mark.parametrize("memory_bytes", [LEAST_MEMORY_BYTES, USUAL_MEMORY_BYTES])
@@ -185,3 +170,72 @@ def test_a_process_that_comes_to_no_good_end_says_its_last_words(tmp_path: Path)
 
     with pytest.raises(TrainingFailed, match="it ended with exit code 1: no such library"):
         trials.run(trial(tmp_path, RIGHT), tmp_path / "log", lambda: True)
+
+
+def description(folder: Path, model: bytes, **said: Any) -> Description:
+    artifact = onnx_models.write(folder / "artifact.onnx", model)
+    # No way of writing numbers down may change this default.
+    contract = CONTRACT | {"income": FeatureRule(FeatureType.FLOAT, 10**30)}
+    registration = Registration("risk", "1.0.0", features=contract, task="regression")
+    return Description(artifact, registration, folder, **said)
+
+
+def test_what_is_described_in_a_process_of_its_own_is_what_would_be_described_here(tmp_path: Path) -> None:
+    """An upload is stored as it stands."""
+    rows = table(tmp_path / "reference.parquet", 400, 1)
+
+    here, apart = (
+        describe_apart(
+            trials,
+            description(tmp_path / name, RIGHT, reference=rows, time="_created_at", outcome="_outcome"),
+            lambda: True,
+        )
+        for name, trials in (("here", Inline()), ("apart", in_process()))
+    )
+
+    assert apart.metadata == here.metadata
+    assert apart.metadata.baseline is not None
+    assert apart.metadata.baseline.rows == 400
+    assert apart.columns == tmp_path / "apart" / "reference.npz"
+    assert here.columns is not None
+    assert apart.columns.read_bytes() == here.columns.read_bytes()
+
+
+WRONG: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "no model": (b"garbage", {}),
+    "too few features": (onnx_models.linear_regressor(3), {}),
+    "no such column": (RIGHT, {"time": "when"}),
+    "no outcomes": (RIGHT, {"outcome": "gaps"}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_an_upload_is_said_as_if_it_were_described_here(
+    tmp_path: Path, wrong: str
+) -> None:
+    """Clients match on the code, and people read the words."""
+    model, said = WRONG[wrong]
+    rows = tmp_path / "reference.csv"
+    rows.write_text("age,income,gaps\n1,2,3\n2,3,\n")
+
+    def refusal(trials: Trials) -> tuple[type[PhoenixError], str, dict[str, Any]]:
+        with pytest.raises(PhoenixError) as caught:
+            describe_apart(trials, description(tmp_path, model, reference=rows, **said), lambda: True)
+        return type(caught.value), caught.value.message, caught.value.details
+
+    assert refusal(in_process()) == refusal(Inline())
+
+
+def test_an_upload_that_kills_its_process_is_refused(tmp_path: Path) -> None:
+    """It says what became of it; a crash of the server would be all that its sender saw otherwise."""
+    program = "import ctypes; print('loading'); ctypes.string_at(0)"
+    trials = ProcessTrials([sys.executable, "-c", program], limit_s=30)
+
+    with pytest.raises(ModelRefused, match="comes to no good end: it was ended by signal SIGSEGV"):
+        describe_apart(trials, description(tmp_path, RIGHT), lambda: True)
+
+
+def test_an_upload_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:
+    """What the runtime says of it is the reason."""
+    with pytest.raises(ModelRefused, match="memory"):
+        describe_apart(in_process(), description(tmp_path, vast()), lambda: True)

@@ -285,6 +285,30 @@ def slow_model(width: int = 2, *, loops: int = 12, size: int = 256) -> bytes:
     return _model(nodes, [_value("x", FLOAT, ("n", width))], [_value("y", FLOAT, ("n", 1))], initializers)
 
 
+def endless(width: int = 2) -> bytes:
+    """A loop of 2^62 rounds for every answer."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["still"]),
+            helper.make_node("Add", ["v", "one"], ["next"]),
+        ],
+        "body",
+        [_value("round", INT64, []), _value("goes_on", BOOL, []), _value("v", FLOAT, [None, 1])],
+        [_value("still", BOOL, []), _value("next", FLOAT, [None, 1])],
+        [numpy_helper.from_array(np.asarray(np.float32(1)), "one")],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["xw"]),
+        helper.make_node("Loop", ["rounds", "yes", "xw"], ["y"], body=body),
+    ]
+    initializers = {
+        "w": np.ones((width, 1), np.float32),
+        "yes": np.array(True),
+        "rounds": np.array(2**62, np.int64),
+    }
+    return _model(nodes, [_value("x", FLOAT, [None, width])], [_value("y", FLOAT, [None, 1])], initializers)
+
+
 def total_of_all_rows(width: int = 2) -> bytes:
     """``y`` is one number whatever the number of rows: the first dimension of the output is not the rows."""
     nodes = [

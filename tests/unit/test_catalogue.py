@@ -286,6 +286,24 @@ def test_the_same_version_with_the_same_bytes_is_a_no_op(platform: Platform) -> 
     assert (platform.registry.revision(), platform.registry.audit(), platform.stored()) == before
 
 
+def test_what_is_described_elsewhere_is_asked_for_once_and_not_for_what_is_there(platform: Platform) -> None:
+    """It costs a process; and whoever registers the same again would hear of faults that nobody asks about."""
+    path = onnx_models.write(platform.folder / "given.onnx", onnx_models.linear_regressor())
+    registration = Registration("risk", "1.0.0")
+    asked: list[str] = []
+
+    def described() -> use_cases.Described:
+        asked.append("once")
+        return use_cases.describe(platform.engines, path, registration, None, platform.folder)
+
+    where = platform.registry, platform.artifacts, platform.engines, path, registration
+    first = register(*where, actor="ann", described=described)
+    again = register(*where, actor="ann", described=described)
+
+    assert again == first
+    assert asked == ["once"]
+
+
 def test_the_same_version_with_other_bytes_is_refused(platform: Platform) -> None:
     """Versions are immutable: what answered yesterday under this name answers today."""
     version = platform.register(onnx_models.linear_regressor(bias=0.0))

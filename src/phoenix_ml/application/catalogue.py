@@ -4,7 +4,7 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,12 +108,12 @@ def register(
     *,
     actor: str,
     reference: Reference | None = None,
-    described: Described | None = None,
+    described: Callable[[], Described] | None = None,
 ) -> ModelVersion:
     """The registered version: its artifact stored, loaded and run on sample rows, and over its reference.
 
-    An artifact that is ``described`` already is neither loaded nor run. The same version with the same bytes is a
-    no-op that repairs a damaged artifact. Raises VersionConflict for other bytes, or for another feature contract,
+    Where ``described`` says what there is to know of the artifact, it is neither loaded nor run here; only of a version
+    that is new it is asked. The same version with the same bytes is a no-op that repairs a damaged artifact. Raises VersionConflict for other bytes, or for another feature contract,
     and ModelRefused with the runtime's own words for what will not run; nothing of it was stored then.
     """
     check_model_id(registration.id)
@@ -127,9 +127,12 @@ def register(
     # Looked at before it is stored: what is refused need not be taken away, which another version of the
     # same bytes, registered at this moment, would miss.
     with tempfile.TemporaryDirectory() as folder:
-        if described is None:
-            described = describe(engines, artifact, registration, reference, Path(folder))
-        metadata = _keep_columns(artifacts, described)
+        known = (
+            describe(engines, artifact, registration, reference, Path(folder))
+            if described is None
+            else described()
+        )
+        metadata = _keep_columns(artifacts, known)
     version = ModelVersion(
         model_id=registration.id,
         version=registration.version,

@@ -437,6 +437,8 @@ class Healer:
         self._refuse_broken_data(job)
         if _digest(model) != sha256:
             raise Rejected("it was changed while it was checked")
+        described = found.described
+        assert described is not None, "what is not refused is described"
         self._make_sure()
         try:
             version = register(
@@ -446,7 +448,7 @@ class Healer:
                 model,
                 registration,
                 actor=_ACTOR,
-                described=found.described,
+                described=lambda: described,
             )
         except Unavailable:
             raise

@@ -1,8 +1,9 @@
 """A model that somebody else has trained is looked at and run: in a process of its own, which it may hang or kill.
 
-Who healed it takes what was found as it stands, and runs nothing of the model before it is registered.
+Who healed it, or was sent it, takes what was found as it stands, and runs nothing of the model before it is registered.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,23 +14,28 @@ from msgspec import Struct
 
 from phoenix_ml.application.catalogue import Described, Reference, Registration, describe, score
 from phoenix_ml.application.export import OUTCOME_COLUMN, RESULT_COLUMN, TIME_COLUMN
-from phoenix_ml.application.ports import Engine, Engines, ModelHints
+from phoenix_ml.application.ports import Engine, Engines, ModelHints, TrainingFailed, TrainingStopped
 from phoenix_ml.application.statistics.outputs import labels_of
-from phoenix_ml.domain.errors import PhoenixError
+from phoenix_ml.domain import errors
+from phoenix_ml.domain.errors import ModelRefused, PhoenixError
 from phoenix_ml.domain.features import FeatureContract
 from phoenix_ml.domain.models import Metadata, Task
 
+log = logging.getLogger(__name__)
 # Of an export of any size, so many rows describe what a version was trained on.
 REFERENCE_ROWS = 100_000
 SAMPLE_ROWS = 10_000
 # Where a tree splits, rounding to float32 makes another answer of one row in thousands.
 _TOLERANCE, _SHARE_APART = 1e-3, 0.01
 
+_LAST_OUTPUT = 4000
+
+Columns = dict[str, list[Any]]
 # The columns of a table: of so many rows at most, spread over all of it.
-ReadColumns = Callable[[Path, int], dict[str, list[Any]]]
+ReadColumns = Callable[[Path, int], Columns]
 
 
-class Trial(Struct, frozen=True):
+class Trial(Struct, frozen=True, tag=True):
     """What is tried out, over which files; ``folder`` is for what is found.
 
     ``export`` is what it was trained on, ``unseen`` what it was not, the newest first; the answers to the first
@@ -47,10 +53,42 @@ class Trial(Struct, frozen=True):
     sample: Path | None = None
 
 
+class Description(Struct, frozen=True, tag=True):
+    """What is to be described, as it is sent to be registered: the model, and the table of its reference, of which
+    ``time`` and ``outcome`` name columns. ``folder`` is for what is found.
+    """
+
+    model: Path
+    registration: Registration
+    folder: Path
+    reference: Path | None = None
+    time: str | None = None
+    outcome: str | None = None
+
+
+class Refusal(Struct, frozen=True):
+    """An error of ours, to be raised in another process."""
+
+    kind: str
+    message: str
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, error: PhoenixError) -> "Refusal":
+        return cls(type(error).__name__, error.message, error.details)
+
+    def error(self) -> PhoenixError:
+        kind: type[PhoenixError] = getattr(errors, self.kind)
+        return kind(self.message, **self.details)
+
+
 class Findings(Struct, frozen=True):
-    """``refused`` says why the model is no candidate; else there is what it was ``described`` as, and its answers."""
+    """``refused`` says why the model is no candidate, ``refusal`` why it cannot be described; else there is what it was
+    ``described`` as, and its answers.
+    """
 
     refused: str | None = None
+    refusal: Refusal | None = None
     described: Described | None = None
     answers: list[Any] = []
 
@@ -58,9 +96,43 @@ class Findings(Struct, frozen=True):
 class Trials(Protocol):
     """Where models are tried out."""
 
-    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+    def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
         """Raises TrainingFailed for a model that comes to no end, or that takes too much."""
         ...
+
+
+def describe_apart(trials: Trials, wanted: Description, keep_going: Callable[[], bool]) -> Described:
+    """What ``describe`` would find, and raise, were the model run here.
+
+    Raises ModelRefused, too, for a model that comes to no end, takes too much, or kills its process, and
+    TrainingStopped where ``keep_going`` says no.
+    """
+    log_path = wanted.folder / "trial.log"
+    try:
+        found = trials.run(wanted, log_path, keep_going)
+    except TrainingStopped:
+        raise  # nobody waits for an answer any more
+    except TrainingFailed as exc:
+        # Of a defect of ours the traceback is there.
+        output = log_path.read_text(errors="replace")[-_LAST_OUTPUT:] if log_path.is_file() else ""
+        log.warning("an uploaded model comes to no good end: %s\n%s", exc, output)
+        raise ModelRefused(f"running the model comes to no good end: {exc}") from exc
+    if found.refusal is not None:
+        raise found.refusal.error()
+    assert found.described is not None, "what is not refused is described"
+    return found.described
+
+
+def describe_here(engines: Engines, wanted: Description, read_all: Callable[[Path], Columns]) -> Findings:
+    """The model described, in this process, which it may hang or kill."""
+    try:
+        reference = None
+        if wanted.reference is not None:
+            reference = Reference(read_all(wanted.reference), wanted.time, wanted.outcome)
+        described = describe(engines, wanted.model, wanted.registration, reference, wanted.folder)
+    except PhoenixError as exc:
+        return Findings(refusal=Refusal.of(exc))
+    return Findings(described=described)
 
 
 class _Refused(Exception):

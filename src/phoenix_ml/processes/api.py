@@ -118,6 +118,8 @@ async def serve(
     )
     inference = None
     if settings.grpc_port >= 0:
+        # Its own care for forks only complains, outside of our log, of the processes that uploads are run in.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         from phoenix_ml.infrastructure.grpc.server import InferenceServer  # an extra
 
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -4,11 +4,10 @@ import logging
 import os
 import random
 import socket
-import sys
 import threading
 import time
 
-from phoenix_ml.bootstrap import Phoenix, open_trainer
+from phoenix_ml.bootstrap import Phoenix, open_trainer, open_trials
 from phoenix_ml.domain.errors import Unavailable
 from phoenix_ml.domain.healing import JobStatus
 from phoenix_ml.domain.ids import new_id
@@ -37,14 +36,10 @@ class HealRole:
         """Returns soon after ``stopping`` is set; a training that runs is ended, and begins again later."""
         # Its statistics take a second to import.
         from phoenix_ml.application.heal import Healer, HealerSettings
-        from phoenix_ml.infrastructure.training.trial import USUAL_MEMORY_BYTES, ProcessTrials
 
         phoenix, settings = self._phoenix, self._phoenix.settings
-        trials = ProcessTrials(
-            [sys.executable, "-m", "phoenix_ml.processes.trial"],
-            os.environ | settings.environment(),
-            limit_s=settings.trainer_limit_s,
-            memory_bytes=settings.trainer_memory_mib * 1024 * 1024 or USUAL_MEMORY_BYTES,
+        trials = open_trials(
+            settings, limit_s=settings.trainer_limit_s, memory_mib=settings.trainer_memory_mib
         )
         healer = Healer(
             phoenix.retrain_jobs,

@@ -2,9 +2,12 @@
 
 import shutil
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
@@ -13,7 +16,6 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from phoenix_ml.application.catalogue import (
-    Reference,
     Registration,
     activate,
     notes_on,
@@ -22,7 +24,8 @@ from phoenix_ml.application.catalogue import (
 )
 from phoenix_ml.application.reports import describe_version
 from phoenix_ml.application.serving import LiveModels
-from phoenix_ml.bootstrap import Phoenix
+from phoenix_ml.application.trial import Description, Trials, describe_apart
+from phoenix_ml.bootstrap import Phoenix, open_trials
 from phoenix_ml.domain.errors import InvalidField, MalformedBody
 from phoenix_ml.domain.models import ModelVersion, Stage
 from phoenix_ml.domain.routing import Routing
@@ -30,8 +33,10 @@ from phoenix_ml.infrastructure.http.bodies import limit_body
 from phoenix_ml.infrastructure.http.caller import name_caller
 from phoenix_ml.infrastructure.http.codec import decode_json
 from phoenix_ml.infrastructure.http.routes import answer, describe_body, json_body
-from phoenix_ml.infrastructure.tables import read_columns
 from phoenix_ml.settings import UPLOAD_PREFIX
+
+# Each has a process of its own meanwhile, and a thread here: those of other calls must not wait for a model that hangs.
+_UPLOADS_AT_ONCE = 4
 
 
 class StageChange(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,7 +54,10 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     """The catalogue's routes in one API process."""
     router = APIRouter(tags=["models"])
     registry = phoenix.registry
-    body_limit_bytes = phoenix.settings.body_limit_bytes
+    settings = phoenix.settings
+    body_limit_bytes = settings.body_limit_bytes
+    trials = open_trials(settings, limit_s=settings.upload_limit_s, memory_mib=settings.upload_memory_mib)
+    uploads = anyio.CapacityLimiter(_UPLOADS_AT_ONCE)
 
     def changed(version: ModelVersion) -> Response:
         live.refresh(version.model_id)  # this process at once, the others at their next poll
@@ -103,7 +111,8 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
     )
     async def register_model(request: Request) -> Response:
         """Registers a version from an uploaded artifact: checked, loaded, and run on sample rows."""
-        limited = Request(request.scope, limit_body(request.receive, phoenix.settings.upload_limit_bytes))
+        limited = Request(request.scope, limit_body(request.receive, settings.upload_limit_bytes))
+        is_given_up = threading.Event()
         try:
             async with limited.form(max_files=2, max_fields=4) as form:
                 artifact, model, reference = read_parts(form, "artifact", "model", "reference")
@@ -124,11 +133,23 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
                         "'time' and 'outcome' name columns of the part 'reference', which was not sent",
                         field="reference",
                     )
-                version = await run_in_threadpool(
-                    _register_upload, phoenix, registration, artifact, reference, name_caller(request.scope)
+                version = await anyio.to_thread.run_sync(
+                    _register_upload,
+                    phoenix,
+                    trials,
+                    registration,
+                    artifact,
+                    reference,
+                    name_caller(request.scope),
+                    lambda: not is_given_up.is_set(),
+                    limiter=uploads,
+                    abandon_on_cancel=True,
                 )
         except MultiPartException as exc:
             raise MalformedBody(f"the body is not multipart/form-data: {exc.message}") from exc
+        finally:
+            # A stop that has waited long enough ends the model's process as well.
+            is_given_up.set()
         await run_in_threadpool(live.refresh, version.model_id)
         return answer(describe_version(version) | {"notes": notes_on(version.metadata)}, 201)
 
@@ -208,20 +229,25 @@ def model_routes(phoenix: Phoenix, live: LiveModels) -> APIRouter:
 
 def _register_upload(
     phoenix: Phoenix,
-    registration: Upload,
+    trials: Trials,
+    upload: Upload,
     artifact: UploadFile,
     reference: UploadFile | None,
     actor: str,
+    keep_going: Callable[[], bool],
 ) -> ModelVersion:
     phoenix.settings.data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=phoenix.settings.data, prefix=UPLOAD_PREFIX) as folder:
-        path = save_upload(artifact, Path(folder) / "artifact.onnx")
-        compared = None
+    with tempfile.TemporaryDirectory(dir=phoenix.settings.data.absolute(), prefix=UPLOAD_PREFIX) as name:
+        folder = Path(name)
+        path = save_upload(artifact, folder / "artifact.onnx")
+        table = None
         if reference is not None:
             # What a caller names a file is not put into a path: it may hold anything.
             suffix = next((s for s in (".csv", ".parquet") if str(reference.filename).endswith(s)), "")
-            columns = read_columns(save_upload(reference, Path(folder) / f"reference{suffix}"))
-            compared = Reference(columns, registration.time, registration.outcome)
+            table = save_upload(reference, folder / f"reference{suffix}")
+        said = {field: getattr(upload, field) for field in Registration.__struct_fields__}
+        registration = Registration(**said)
+        wanted = Description(path, registration, folder, table, upload.time, upload.outcome)
         return register(
             phoenix.registry,
             phoenix.artifacts,
@@ -229,7 +255,7 @@ def _register_upload(
             path,
             registration,
             actor=actor,
-            reference=compared,
+            described=lambda: describe_apart(trials, wanted, keep_going),
         )
 
 

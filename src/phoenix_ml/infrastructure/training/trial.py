@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
-from phoenix_ml.application.trial import Findings, Trial
+from phoenix_ml.application.trial import Description, Findings, Trial
 from phoenix_ml.domain.models import Framework
 from phoenix_ml.infrastructure.training.process import run_limited
 
@@ -32,7 +32,7 @@ class ProcessTrials:
         self._limit_s = limit_s
         self._memory_bytes = max(memory_bytes, LEAST_MEMORY_BYTES)
 
-    def run(self, trial: Trial, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
+    def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
         asked, found = trial.folder / "trial.json", trial.folder / "findings.msgpack"
         asked.write_bytes(msgspec.json.encode(trial, enc_hook=_as_text))
         words = [*self._words, str(asked), str(found)]
@@ -49,15 +49,23 @@ class ProcessTrials:
             said = log_path.read_bytes()[-_LAST_WORDS:].decode(errors="replace").split("\n")
             last = next((line for line in reversed(said) if line.strip()), "")
             raise TrainingFailed(f"{exc}: {last}" if last else str(exc)) from exc
-        return msgspec.msgpack.decode(found.read_bytes(), type=Findings, dec_hook=_as_path)
+        return read_findings(found)
 
 
-def read_trial(path: Path) -> Trial:
-    return msgspec.json.decode(path.read_bytes(), type=Trial, dec_hook=_as_path)
+def read_trial(path: Path) -> Trial | Description:
+    return msgspec.json.decode(path.read_bytes(), type=Trial | Description, dec_hook=_as_path)
 
 
 def write_findings(path: Path, findings: Findings) -> None:
-    path.write_bytes(msgspec.msgpack.encode(findings, enc_hook=_as_text))
+    # Some answers are no numbers, for which JSON has no word; some defaults are integers too large for msgpack.
+    said = msgspec.json.encode(msgspec.structs.replace(findings, answers=[]), enc_hook=_as_text)
+    path.write_bytes(msgspec.msgpack.encode((said, findings.answers)))
+
+
+def read_findings(path: Path) -> Findings:
+    said, answers = msgspec.msgpack.decode(path.read_bytes(), type=tuple[bytes, list[Any]])
+    findings = msgspec.json.decode(said, type=Findings, dec_hook=_as_path)
+    return msgspec.structs.replace(findings, answers=answers)
 
 
 def _as_text(path: Any) -> str:
