@@ -14,7 +14,7 @@ from sample_events import AT_MS, outcome, prediction
 from phoenix_ml.application.ports import MonitorStep, RecordedEvent
 from phoenix_ml.application.reports import iso_time
 from phoenix_ml.application.watch import ModelState
-from phoenix_ml.application.watched_version import VersionState
+from phoenix_ml.application.watched_version import Period, VersionState
 from phoenix_ml.bootstrap import bootstrap
 from phoenix_ml.domain.events import Event
 from phoenix_ml.domain.rows import RowFormat
@@ -112,7 +112,7 @@ def test_an_export_to_train_on_leaves_out_what_was_broken(told: Run, tmp_path: P
             )
         was = phoenix.monitoring.standings()["risk"].position
         now = msgspec.structs.replace(was, seq=was.seq + 1)
-        state = msgspec.msgpack.encode(ModelState({"1.0.0": VersionState(broken=[(AT_MS, AT_MS + 9)])}))
+        state = msgspec.msgpack.encode(ModelState({"1.0.0": VersionState(broken=[Period(AT_MS, AT_MS + 9)])}))
         assert phoenix.monitoring.commit(MonitorStep("risk", was, now, state, AT_MS))
 
     everything = told("predictions", "export", "--model", "risk", "--with-outcomes", "--out", str(out))

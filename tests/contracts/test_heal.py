@@ -32,7 +32,7 @@ from phoenix_ml.application.ports import (
 from phoenix_ml.application.retraining import accept_failure, accept_model, ask_for_retraining
 from phoenix_ml.application.trial import Description, Findings, Trial, try_out
 from phoenix_ml.application.watch import ModelState
-from phoenix_ml.application.watched_version import VersionState
+from phoenix_ml.application.watched_version import Period, VersionState
 from phoenix_ml.bootstrap import Phoenix, bootstrap
 from phoenix_ml.domain.errors import ArtifactStoreUnavailable, DatabaseUnavailable, JobConflict
 from phoenix_ml.domain.features import FeatureRule, FeatureType
@@ -631,6 +631,36 @@ def test_a_model_whose_data_turns_out_to_be_broken_while_it_is_trained_is_not_re
     assert [one.version for one in phoenix.registry.list_versions("risk")] == ["1.0.0"]
 
 
+@pytest.mark.parametrize(
+    ("evidence", "status"),
+    [({"drifted": ["income"]}, JobStatus.REJECTED), ({}, JobStatus.REGISTERED)],  # a person may know better
+)
+def test_a_defect_that_begins_and_ends_while_a_model_is_trained_was_in_its_data(
+    phoenix: Phoenix, tmp_path: Path, evidence: dict[str, Any], status: JobStatus
+) -> None:
+    """It is told when its batch is full: its first rows were exported before anybody knew."""
+    clock = Clock()
+    jobs = ask(phoenix, evidence=evidence, requested_at_ms=clock.now_ms)
+    doctor = healer(phoenix, tmp_path, TAKES % "right", clock)
+    it_was = Period(clock.now_ms - 1_000, clock.now_ms + 60_000)
+    doctor._trials = Trying(lambda _: see_broken_data(phoenix, it_was))
+
+    doctor.step(lambda: True)
+
+    job = jobs.get("a" * 32)
+    assert job.status is status
+    if status is JobStatus.REJECTED:
+        assert job.error == "what it was trained on was broken, as was seen after its export"
+
+
+def see_broken_data(phoenix: Phoenix, *periods: Period) -> None:
+    """As a monitor that has seen it."""
+    was = phoenix.monitoring.standings()["risk"].position
+    now = msgspec.structs.replace(was, seq=was.seq + 1)
+    state = msgspec.msgpack.encode(ModelState({"1.0.0": VersionState(broken=list(periods))}))
+    assert phoenix.monitoring.commit(MonitorStep("risk", was, now, state, AT_MS))
+
+
 def watch_a_defect(phoenix: Phoenix, folder: Path) -> Clock:
     """Logs 800 whole rows around 300 of an income that comes a thousandfold; the monitor has seen it begin and end."""
     empty(phoenix.database)
@@ -697,10 +727,7 @@ def test_a_job_without_whole_data_says_that_it_was_broken(
 ) -> None:
     """Whoever sees hundreds of outcomes on record would look for the fault in the healer."""
     ask(phoenix)
-    was = phoenix.monitoring.standings()["risk"].position
-    now = msgspec.structs.replace(was, seq=was.seq + 1)
-    state = ModelState({"1.0.0": VersionState(broken=[(AT_MS, None)])})
-    assert phoenix.monitoring.commit(MonitorStep("risk", was, now, msgspec.msgpack.encode(state), AT_MS))
+    see_broken_data(phoenix, Period(AT_MS))
 
     if program is None:
         hand_in(phoenix, tmp_path)

@@ -121,6 +121,18 @@ def test_a_sample_of_the_trainers_own_answers_is_kept_for_the_check(
         assert phoenix.artifacts.fetch(kept["uri"], kept["sha256"]).read_bytes() == sample
 
 
+def test_the_same_model_with_another_sample_is_no_repetition(lane: ServerLane, job: dict[str, Any]) -> None:
+    """Whoever remembers the sample afterwards would believe that it was compared."""
+    ok(hand_in(lane, job["job_id"]), 202)
+
+    again = ok(hand_in(lane, job["job_id"]), 202)
+    refused(
+        hand_in(lane, job["job_id"], sample=parquet(x0=[1.0], x1=[2.0], _result=[3.0])), 409, "job_conflict"
+    )
+
+    assert again["status"] == "checking"
+
+
 @pytest.mark.parametrize(
     ("sample", "words"),
     [

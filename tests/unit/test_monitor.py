@@ -39,7 +39,7 @@ CONTRACT = {name: FeatureRule(FeatureType.FLOAT) for name in ("age", "income")}
 BATCH_ROWS = 1000
 # Far beyond what the reference's errors allow.
 WRONG = 50.0
-MINUTE_MS = 60_000
+MINUTE_MS, HOUR_MS = 60_000, 3_600_000
 
 
 class World:
@@ -435,6 +435,26 @@ def test_a_version_that_is_asked_for_by_its_number_keeps_its_incidents(world: Wo
     assert world.incidents("1.0.0", unresolved=False) == ["drift:income"]
 
 
+@pytest.mark.parametrize("is_reloaded", [False, True])
+def test_a_version_that_leaves_while_its_data_is_broken_takes_all_its_incidents_along(
+    world: World, is_reloaded: bool
+) -> None:
+    """With the defect ends what outcomes said of it, in whichever order they are known: a rollback is the likely answer."""
+    world.add(version="1.0.0")
+    world.log(world.rows(900), errors=np.full(900, WRONG))
+    world.step()
+    world.see(thousandfold(world.rows(BATCH_ROWS)), thousandfold(world.rows(BATCH_ROWS)))
+    before = world.incidents()
+    world.add(version="1.1.0")
+    if is_reloaded:
+        world.monitor = world.new_monitor()
+
+    seen = world.step()
+
+    assert {"quality:outcomes", "schema:income:unit"} <= set(before)
+    assert (seen.failed, world.incidents()) == ((), [])
+
+
 def test_incidents_end_when_another_version_takes_over(world: World) -> None:
     """Promotion is an answer to them."""
     world.add(version="1.0.0")
@@ -636,7 +656,7 @@ def test_quality_is_reported_where_no_outcome_has_come(world: World) -> None:
     world.add()
     world.see(*(world.rows(BATCH_ROWS) for _ in range(3)))
     before = performance(world)
-    world.now_ms += MINUTE_MS
+    world.now_ms += HOUR_MS
     world.see(world.rows(BATCH_ROWS))
     after = performance(world)
 
@@ -670,7 +690,7 @@ def test_an_estimate_hides_no_figures_that_were_measured(world: World) -> None:
     world.log(world.rows(BATCH_ROWS), errors=np.full(BATCH_ROWS, 0.5))
     world.step()
     measured_at = performance(world, 1)[0][1]["measured_at"]
-    world.now_ms += MINUTE_MS
+    world.now_ms += HOUR_MS
     world.log(world.rows(10), errors=np.full(10, WRONG))
 
     world.see(world.rows(BATCH_ROWS))

@@ -375,7 +375,8 @@ class Healer:
         and of how many the data was broken.
         """
         written = left_out = 0
-        broken = find_broken_data(self._monitoring, job.model_id, champion.version)
+        exported_at_ms = self._now_ms()
+        broken = find_broken_data(self._monitoring, job.model_id)
         with self._write_table(path, export_columns(champion.metadata)) as add_rows:
             for page in self._rows(job, champion):
                 whole = broken.without(page)
@@ -387,6 +388,7 @@ class Healer:
         if left_out:
             log.warning("%s, job %s%s", job.model_id, job.id, _describe_left_out(left_out))
             self._note(left_out_as_broken=left_out)
+        self._note(exported_at_ms=exported_at_ms)
         return written, left_out
 
     def _rows(self, job: RetrainJob, champion: ModelVersion) -> Iterator[list[dict[str, Any]]]:
@@ -435,6 +437,7 @@ class Healer:
                 f"over {comparison.n} outcomes that it was not trained on"
             )
         self._refuse_broken_data(job)
+        self._refuse_broken_export(job)
         if _digest(model) != sha256:
             raise Rejected("it was changed while it was checked")
         described = found.described
@@ -540,7 +543,7 @@ class Healer:
         """
         found: list[dict[str, Any]] = []
         left_out = 0
-        broken = find_broken_data(self._monitoring, job.model_id, champion.version)
+        broken = find_broken_data(self._monitoring, job.model_id)
         for page in self._rows(job, champion):
             whole = broken.without(page)
             left_out += len(page) - len(whole)
@@ -561,6 +564,19 @@ class Healer:
         broken = [one.cause for one in found if one.is_broken_data]
         if broken:
             raise Rejected(f"its data is broken, which no model must learn: {', '.join(broken)} is open")
+
+    def _refuse_broken_export(self, job: RetrainJob) -> None:
+        """Raises Rejected where the trainer was given broken data, as is known by now.
+
+        A defect is told when its batch is full: rows of it may have been exported before, and it may be over since.
+        """
+        exported_at_ms = (self._held.result or {}).get("exported_at_ms")
+        if (
+            job.evidence
+            and exported_at_ms is not None
+            and find_broken_data(self._monitoring, job.model_id).goes_on_at(exported_at_ms)
+        ):
+            raise Rejected("what it was trained on was broken, as was seen after its export")
 
     def _contract(self, job: RetrainJob, model: Path, champion: ModelVersion) -> dict[str, FeatureRule]:
         """What the trainer says of its features, or those of the champion."""

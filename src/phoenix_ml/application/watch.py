@@ -127,8 +127,9 @@ class Watch:
         why = f"{self._registered.champion or 'no version'} answers now"
         for version in self._left(self._registered):
             state = self.state.versions.setdefault(version, VersionState())
-            for incident in self.cases.unresolved(version).values():
-                close(incident, why, state, self.cases, now_ms)
+            # One at a time: with broken data ends what outcomes said of it.
+            while unresolved := self.cases.unresolved(version):
+                close(next(iter(unresolved.values())), why, state, self.cases, now_ms)
             state.forget_counts()
             self._versions.pop(version, None)
         for version, state in self.state.versions.items():

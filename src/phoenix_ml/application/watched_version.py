@@ -48,6 +48,8 @@ MOST_BATCHES = 64
 FEWEST_OUTCOMES = 200
 _QUALITY_ROWS = 1000
 _REPORT_EVERY_MS = 60_000
+# Rarer, as 200 reports are kept, and those of outcomes may come once a day.
+_ESTIMATE_EVERY_MS = 3_600_000
 # A report looks at no more rows; it is a person who reads it.
 _REPORT_ROWS = 10_000
 _MOST_BROKEN_PERIODS = 100
@@ -73,6 +75,19 @@ class Judged(Struct, frozen=True, array_like=True):
     outcome: Any
 
 
+class Period(Struct, frozen=True, array_like=True):
+    """From when until when; it goes on where there is no end. ``is_of_all`` where the version had part in the routing:
+    whoever sent it such data has sent it to the others too.
+    """
+
+    start_ms: int
+    end_ms: int | None = None
+    is_of_all: bool = True
+
+    def holds(self, at_ms: int) -> bool:
+        return self.start_ms <= at_ms and (self.end_ms is None or at_ms <= self.end_ms)
+
+
 class VersionState(Struct):
     """How far one version's open batch has come, and what must be remembered of those before.
 
@@ -94,7 +109,7 @@ class VersionState(Struct):
     judged: list[Judged] = []
     good_windows: int = 0
     fresh_outcomes: int = 0
-    broken: list[tuple[int, int | None]] = []
+    broken: list[Period] = []
     rows_since_alarm: int | None = None
     ring_from: int = 0
     was_answering: bool = False
@@ -296,8 +311,9 @@ class WatchedVersion:
         """Opens a broken period with the batch that was just ended, or closes the one that is open."""
         state = self._state
         is_broken = bool(_broken_features(self._cases, self._name))
-        if is_broken and (not state.broken or state.broken[-1][1] is not None):
-            state.broken = join_periods([*state.broken, (state.started_at_ms, None)], _MOST_BROKEN_PERIODS)
+        if is_broken and (not state.broken or state.broken[-1].end_ms is not None):
+            begun = Period(state.started_at_ms, is_of_all=state.was_answering)
+            state.broken = join_periods([*state.broken, begun], _MOST_BROKEN_PERIODS)
         _mend(self._name, state, self._cases, look.at_ms)
 
     def _check(self, counting: _Counting, violations: Sequence[SchemaViolation], look: Look) -> None:
@@ -325,7 +341,7 @@ class WatchedVersion:
             estimate = estimate_performance(counting.baseline, self._metadata.task, outputs, columns)
         had_dropped = state.is_drop_confirmed
         self._see_estimate(counting.baseline, estimate, look)
-        is_due = look.at_ms - state.performance_reported_at_ms >= _REPORT_EVERY_MS
+        is_due = look.at_ms - state.performance_reported_at_ms >= _ESTIMATE_EVERY_MS
         if estimate is not None and (is_due or state.is_drop_confirmed != had_dropped):
             self._add_performance_report(look)
         look.figures.append(Figures(self._model_id, self._name, check.distances, None, estimate))
@@ -398,7 +414,7 @@ class WatchedVersion:
         usable = [
             Judged(one.result, one.confidence, one.probabilities, one.outcome)
             for one in outcomes
-            if _is_usable(task, one) and not _is_within(state.broken, one.created_at_ms)
+            if _is_usable(task, one) and not any(period.holds(one.created_at_ms) for period in state.broken)
         ]
         state.fresh_outcomes += len(usable)
         if not usable:
@@ -577,9 +593,9 @@ def close(incident: Incident, why: str, state: VersionState, cases: Casebook, no
 
 def _mend(version: str, state: VersionState, cases: Casebook, now_ms: int) -> None:
     """Where the data is whole again, what outcomes said of the broken answers is forgotten."""
-    if not state.broken or state.broken[-1][1] is not None or _broken_features(cases, version):
+    if not state.broken or state.broken[-1].end_ms is not None or _broken_features(cases, version):
         return
-    state.broken[-1] = (state.broken[-1][0], now_ms)
+    state.broken[-1] = structs.replace(state.broken[-1], end_ms=now_ms)
     state.forget_outcomes()
     known = cases.unresolved(version).get(_BY_OUTCOMES)
     if known is not None:
@@ -600,22 +616,19 @@ def _is_usable(task: Task, told: WatchedOutcome) -> bool:
     return all(isinstance(one, str | int | float | bool) for one in pair)
 
 
-def _is_within(periods: Sequence[tuple[int, int | None]], at_ms: int) -> bool:
-    return any(start <= at_ms and (end is None or at_ms <= end) for start, end in periods)
-
-
-def join_periods(periods: list[tuple[int, int | None]], most: int) -> list[tuple[int, int | None]]:
+def join_periods(periods: list[Period], most: int) -> list[Period]:
     """So many periods at most that cover the given ones, which are in order: those that are nearest become one, for what
     was broken is never forgotten.
 
-    >>> join_periods([(0, 10), (50, 60), (61, None)], 2)
+    >>> [(one.start_ms, one.end_ms) for one in join_periods([Period(0, 10), Period(50, 60), Period(61)], 2)]
     [(0, 10), (50, None)]
     """
     joined = list(periods)
     while len(joined) > most:
-        gaps = [later[0] - (earlier[1] or 0) for earlier, later in pairwise(joined)]
+        gaps = [later.start_ms - (earlier.end_ms or 0) for earlier, later in pairwise(joined)]
         at = gaps.index(min(gaps))
-        joined[at : at + 2] = [(joined[at][0], joined[at + 1][1])]
+        first, second = joined[at : at + 2]
+        joined[at : at + 2] = [Period(first.start_ms, second.end_ms, first.is_of_all or second.is_of_all)]
     return joined
 
 

@@ -145,7 +145,6 @@ def predictions_export(
     as_json: bool,
 ) -> None:
     """Write what a model was asked, what it answered and what came of it into a table to train on."""
-    from phoenix_ml.application.broken_data import find_broken_data
     from phoenix_ml.application.export import export_columns, export_rows, to_train_on
     from phoenix_ml.application.ports import PredictionQuery
     from phoenix_ml.application.reports import epoch_ms
@@ -160,14 +159,20 @@ def predictions_export(
     ):
         version = watched_version(phoenix, model_id or _single_model(phoenix), model_version)
         query = PredictionQuery(version.model_id, model_version, since_ms=since_ms, until_ms=until_ms)
-        broken = find_broken_data(phoenix.monitoring, version.model_id, version.version)
+        broken = None
+        if for_training:
+            from phoenix_ml.application.broken_data import (
+                find_broken_data,
+            )  # its statistics take a second to import
+
+            broken = find_broken_data(phoenix.monitoring, version.model_id)
         task = progress.add_task("exporting", total=None)
         with write_table(out, export_columns(version.metadata)) as add_rows:
             for page in export_rows(
                 phoenix.prediction_log, query, version.metadata, with_outcomes=with_outcomes or for_training
             ):
                 rows = page
-                if for_training:
+                if broken is not None:
                     whole = broken.without(page)
                     left_out += len(page) - len(whole)
                     rows = to_train_on(whole)
