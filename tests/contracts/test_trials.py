@@ -27,7 +27,7 @@ from phoenix_ml.application.trial import (
     describe_here,
     try_out,
 )
-from phoenix_ml.domain.errors import ModelRefused, PhoenixError
+from phoenix_ml.domain.errors import ModelRefused, Overloaded, PhoenixError
 from phoenix_ml.domain.features import FeatureRule, FeatureType
 from phoenix_ml.infrastructure.engines.onnx import OnnxEngines
 from phoenix_ml.infrastructure.tables import read_columns, read_spread
@@ -232,6 +232,14 @@ def test_an_upload_that_kills_its_process_is_refused(tmp_path: Path) -> None:
     trials = ProcessTrials([sys.executable, "-c", program], limit_s=30)
 
     with pytest.raises(ModelRefused, match="comes to no good end: it was ended by signal SIGSEGV"):
+        describe_apart(trials, description(tmp_path, RIGHT), lambda: True)
+
+
+def test_an_upload_for_which_there_is_no_process_is_not_the_models_fault(tmp_path: Path) -> None:
+    """Who hears that his model is refused changes it, and who is told to try again later has nothing to change."""
+    trials = ProcessTrials(["/no/such/program"], limit_s=30)
+
+    with pytest.raises(Overloaded, match="try again later: /no/such/program cannot be started: No such file"):
         describe_apart(trials, description(tmp_path, RIGHT), lambda: True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from servers import _children_of, has_ended, wait_until
 
-from phoenix_ml.application.ports import TrainingFailed
+from phoenix_ml.application.ports import TrainingFailed, TrainingNotStarted
 from phoenix_ml.domain.errors import Misconfigured
 from phoenix_ml.infrastructure.training.process import LOG_LIMIT_BYTES, ProcessTrainer
 
@@ -132,10 +132,28 @@ def test_a_command_is_what_the_kernel_ends_where_memory_runs_out(tmp_path: Path)
 def test_a_command_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     """Most often it is a path that is true on another machine."""
     trainer = ProcessTrainer("/no/such/trainer {export}", limit_s=5, memory_bytes=None)
-    with pytest.raises(TrainingFailed, match="/no/such/trainer cannot be started: No such file"):
+    with pytest.raises(TrainingNotStarted, match="/no/such/trainer cannot be started: No such file"):
         trainer.train(
             {"export": "", "out": str(tmp_path), "model": "", "version": ""}, tmp_path / "log", lambda: True
         )
+
+
+def test_a_limit_that_the_healer_has_itself_is_the_commands_too(tmp_path: Path) -> None:
+    """A service manager, or ulimit, has set it for good: to raise it failed every training, and every upload."""
+    kinds = "(resource.RLIMIT_AS, resource.RLIMIT_FSIZE)"
+    program = f"import resource; print([resource.getrlimit(kind) for kind in {kinds}])"
+    before = f"import resource\nfor kind in {kinds}: resource.setrlimit(kind, ({GIB}, {GIB}))\n"
+
+    with healer(tmp_path, program, before=before, memory_bytes=2 * GIB) as process:
+        assert process.wait(60) == 0
+
+    assert (tmp_path / "log").read_text() == f"[({GIB}, {GIB}), ({GIB}, {GIB})]\n"
+
+
+def test_a_command_that_cannot_be_limited_is_not_started(tmp_path: Path) -> None:
+    """What goes wrong between fork and exec is no OSError."""
+    with pytest.raises(TrainingNotStarted, match="cannot be started"):
+        run(tmp_path, "", memory_bytes=2**70)
 
 
 @pytest.mark.parametrize("command", ["", "python {data}", "python 'x", "python {}", "python {0}"])
@@ -146,21 +164,24 @@ def test_a_command_that_cannot_be_filled_in_is_refused_at_the_start(command: str
 
 
 @contextmanager
-def healer(folder: Path, program: str) -> Iterator[int]:
-    """A process that trains with the program: its id."""
+def healer(
+    folder: Path, program: str, *, before: str = "", memory_bytes: int | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that trains with the program, and runs other code ``before``."""
     (folder / "out").mkdir()
     (folder / "train.py").write_text(program)
     command = f"{sys.executable} {folder / 'train.py'}"
     heals = (
+        f"{before}"
         "from pathlib import Path\n"
         "from phoenix_ml.infrastructure.training.process import ProcessTrainer\n"
-        f"trainer = ProcessTrainer({command!r}, limit_s=600, memory_bytes=None)\n"
+        f"trainer = ProcessTrainer({command!r}, limit_s=600, memory_bytes={memory_bytes})\n"
         f"fields = {{'export': '', 'out': {str(folder / 'out')!r}, 'model': '', 'version': ''}}\n"
         f"trainer.train(fields, Path({str(folder / 'log')!r}), lambda: True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", heals]) as process:
         try:
-            yield process.pid
+            yield process
         finally:
             process.kill()
 
@@ -178,10 +199,10 @@ def test_what_a_trainer_has_started_dies_with_the_healer_too(tmp_path: Path) -> 
     inner = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     with healer(
         tmp_path, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    ) as pid:
+    ) as process:
         child = await_pid(tmp_path / "out" / "pid")
         wait_until(
-            lambda: len(_children_of(pid)) == 2,
+            lambda: len(_children_of(process.pid)) == 2,
             30,
             "who ends the command's children is there beside the command",
         )

@@ -776,6 +776,10 @@ class TrainingFailed(Exception):
     """A trainer did not come to a good end; another attempt may."""
 
 
+class TrainingNotStarted(TrainingFailed):
+    """There was no process for it: a shortage of the machine, and no fault of what would have run."""
+
+
 class TrainingStopped(TrainingFailed):
     """It was ended because its healer stops, or has lost the job: no fault of the trainer's."""
 

@@ -97,15 +97,17 @@ class Trials(Protocol):
     """Where models are tried out."""
 
     def run(self, trial: Trial | Description, log_path: Path, keep_going: Callable[[], bool]) -> Findings:
-        """Raises TrainingFailed for a model that comes to no end, or that takes too much."""
+        """Raises TrainingFailed for a model that comes to no end, or that takes too much, and Overloaded where there is
+        no process to run it in.
+        """
         ...
 
 
 def describe_apart(trials: Trials, wanted: Description, keep_going: Callable[[], bool]) -> Described:
     """What ``describe`` would find, and raise, were the model run here.
 
-    Raises ModelRefused, too, for a model that comes to no end, takes too much, or kills its process, and
-    TrainingStopped where ``keep_going`` says no.
+    Raises ModelRefused, too, for a model that comes to no end, takes too much, or kills its process, Overloaded
+    where there is no process to run it in, and TrainingStopped where ``keep_going`` says no.
     """
     log_path = wanted.folder / "trial.log"
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
+from phoenix_ml.application.ports import TrainingFailed, TrainingNotStarted, TrainingStopped
 from phoenix_ml.domain.errors import Misconfigured
 
 _LOOK_EVERY_S = 0.2
@@ -70,14 +70,18 @@ def run_limited(
     out: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Returns when the program has ended well, with its group; what is in ``out`` is limited. Raises TrainingFailed."""
+    """Returns when the program has ended well, with its group; what is in ``out`` is limited. Raises TrainingFailed, and
+    TrainingNotStarted where it did not begin.
+    """
+    limits = [_lowered(resource.RLIMIT_FSIZE, OUT_LIMIT_BYTES)]
+    if memory_bytes is not None:
+        limits.append(_lowered(resource.RLIMIT_AS, memory_bytes))
 
     def limit() -> None:
         """In the new process, before the program: it ends with its healer, and takes no more than it may."""
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (OUT_LIMIT_BYTES, OUT_LIMIT_BYTES))
-        if memory_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        for kind, most_bytes in limits:
+            resource.setrlimit(kind, (most_bytes, most_bytes))
 
     give_up_at = time.monotonic() + limit_s
     with log_path.open("wb") as log:
@@ -92,9 +96,13 @@ def run_limited(
                 start_new_session=True,
                 preexec_fn=limit,  # noqa: PLW1509 - calls the C library only
             )
+        except (OSError, subprocess.SubprocessError) as exc:
+            raise _not_started(words, exc) from exc
+        try:
+            watcher = _watch_over(process.pid)
         except OSError as exc:
-            raise TrainingFailed(f"{words[0]} cannot be started: {exc.strerror}") from exc
-        watcher = _watch_over(process.pid)
+            end_group(process)
+            raise _not_started(words, exc) from exc
         _offer_to_the_kernel(process.pid)
         try:
             while process.poll() is None:
@@ -114,6 +122,17 @@ def run_limited(
                 os.truncate(log_path, LOG_LIMIT_BYTES)
     if process.returncode:
         raise TrainingFailed(_describe_end(process.returncode))
+
+
+def _lowered(kind: int, most_bytes: int) -> tuple[int, int]:
+    """The limit, or this process's own where that is lower: nobody may raise what he has inherited."""
+    _, inherited = resource.getrlimit(kind)
+    return kind, most_bytes if inherited == resource.RLIM_INFINITY else min(most_bytes, inherited)
+
+
+def _not_started(words: Sequence[str], error: OSError | subprocess.SubprocessError) -> TrainingNotStarted:
+    why = error.strerror if isinstance(error, OSError) else error
+    return TrainingNotStarted(f"{words[0]} cannot be started: {why}")
 
 
 def _check_sizes(log_path: Path, out: Path | None) -> None:

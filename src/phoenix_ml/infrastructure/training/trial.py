@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from phoenix_ml.application.ports import TrainingFailed, TrainingStopped
+from phoenix_ml.application.ports import TrainingFailed, TrainingNotStarted, TrainingStopped
 from phoenix_ml.application.trial import Description, Findings, Trial
+from phoenix_ml.domain.errors import Overloaded
 from phoenix_ml.domain.models import Framework
 from phoenix_ml.infrastructure.training.process import run_limited
 
@@ -45,6 +46,8 @@ class ProcessTrials:
             )
         except TrainingStopped:
             raise
+        except TrainingNotStarted as exc:
+            raise Overloaded(f"there is no process to run the model in, try again later: {exc}") from exc
         except TrainingFailed as exc:
             said = log_path.read_bytes()[-_LAST_WORDS:].decode(errors="replace").split("\n")
             last = next((line for line in reversed(said) if line.strip()), "")
