@@ -206,6 +206,7 @@ WRONG: dict[str, tuple[bytes, dict[str, Any]]] = {
     "too few features": (onnx_models.linear_regressor(3), {}),
     "no such column": (RIGHT, {"time": "when"}),
     "no outcomes": (RIGHT, {"outcome": "gaps"}),
+    "figures that are infinite": (RIGHT, {"outcome": "vast"}),
 }
 
 
@@ -216,7 +217,7 @@ def test_what_is_wrong_with_an_upload_is_said_as_if_it_were_described_here(
     """Clients match on the code, and people read the words."""
     model, said = WRONG[wrong]
     rows = tmp_path / "reference.csv"
-    rows.write_text("age,income,gaps\n1,2,3\n2,3,\n")
+    rows.write_text("age,income,gaps,vast\n1,2,3,1e160\n2,3,,2\n" + "2,3,1,2\n3,1,1,1\n" * 100)
 
     def refusal(trials: Trials) -> tuple[type[PhoenixError], str, dict[str, Any]]:
         with pytest.raises(PhoenixError) as caught:

@@ -430,6 +430,21 @@ def test_u0000_in_a_reference_is_refused_before_anything_is_stored(
     assert platform.stored() == []
 
 
+def test_answers_too_large_to_be_described_are_refused_before_anything_is_stored(platform: Platform) -> None:
+    """JSON has no infinity: what was stored could not be read again, and with it no list of any model's versions."""
+    x = np.random.default_rng(1).normal(size=(400, 2))
+    x[7, 0] = 1e160
+    reference: Reference = {"x_0": x[:, 0].tolist(), "x_1": x[:, 1].tolist(), "y": x[:, 1].tolist()}
+
+    with pytest.raises(ModelRefused, match=r"too large to be described.*baseline\.estimate\.se"):
+        platform.register(
+            onnx_models.double_regressor(2), reference=reference, outcome="y", task="regression"
+        )
+
+    assert platform.stored() == []
+    assert platform.registry.list_versions() == []
+
+
 def test_a_text_that_only_looks_like_the_escape_of_u0000_is_taken(platform: Platform) -> None:
     """A backslash is a character like any other."""
     reference: Reference = {"city": ["\\u0000"], "age": [1.0], "visits": [1], "member": [True]}

@@ -328,9 +328,17 @@ def _describe_rows(
 
 def _checked(metadata: Metadata) -> Metadata:
     """The metadata. Raises ModelRefused where it cannot be stored."""
+    written = msgspec.json.encode(metadata)
     # In JSON a backslash of a text is itself escaped, so without these pairs only U+0000 looks like this.
-    if b"\\u0000" in msgspec.json.encode(metadata).replace(b"\\\\", b""):
+    if b"\\u0000" in written.replace(b"\\\\", b""):
         raise ModelRefused("a name or a reference value has U+0000, which no database can store in a text")
+    try:
+        msgspec.json.decode(written, type=Metadata)
+    except msgspec.ValidationError as exc:  # JSON has no word for what is infinite
+        raise ModelRefused(
+            "the model's answers over its reference, or the outcomes, are too large to be described, as squares and "
+            f"sums of them are infinite: {exc}"
+        ) from exc
     return metadata
 
 

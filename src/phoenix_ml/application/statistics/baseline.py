@@ -105,9 +105,10 @@ def describe_reference(
     if outputs is not None and outcomes is not None:
         from phoenix_ml.application.statistics.estimation import with_estimator
 
-        quality = measure_quality(task, outputs, outcomes, class_labels=class_labels)
-        baseline = msgspec.structs.replace(baseline, quality=quality)
-        baseline = with_estimator(baseline, task, outputs, outcomes, watched, class_labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # what cannot be stored is refused, in words
+            quality = measure_quality(task, outputs, outcomes, class_labels=class_labels)
+            baseline = msgspec.structs.replace(baseline, quality=quality)
+            baseline = with_estimator(baseline, task, outputs, outcomes, watched, class_labels)
     return baseline
 
 
