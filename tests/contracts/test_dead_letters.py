@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message
+from confluent_kafka import Consumer, Message, TopicPartition
 from roads import Item, KafkaRoad, LocalRoad, Road, read_items, take_items
 from sample_events import outcome, prediction
 from servers import HOST, KafkaServer, free_port
@@ -18,7 +18,7 @@ from phoenix_ml.domain.errors import EventsUnavailable
 from phoenix_ml.domain.events import Event
 from phoenix_ml.infrastructure.events.deadletters import FileDeadLetters
 from phoenix_ml.infrastructure.events.journal import JournalRecord
-from phoenix_ml.infrastructure.events.kafka import Kafka
+from phoenix_ml.infrastructure.events.kafka import DEAD_EVENTS, Kafka
 from phoenix_ml.settings import fixed_settings
 
 # Kafka has 5 s to answer; a busy machine and the end of the connection have the rest.
@@ -311,6 +311,69 @@ def test_a_kafka_that_does_not_answer_is_told_of_in_time(kafka_server: KafkaServ
     for error in errors:
         assert isinstance(error, EventsUnavailable)
         assert f"{url} does not answer: " in error.message
+
+
+@pytest.mark.parametrize("limit", [10, 2])
+def test_letters_with_gaps_between_their_offsets_are_requeued(
+    kafka: KafkaRoad, kafka_url: str, limit: int
+) -> None:
+    """A compacted topic has them, as one written to in transactions: all letters would wait there for ever."""
+    items = buried(kafka, [prediction()])
+    cluster = Kafka(kafka_url, partitions=3)
+    writer = cluster.producer(**{"transactional.id": kafka_url})
+    writer.init_transactions(30)
+    # The last offset is the end of a transaction, and no message.
+    for end in (writer.abort_transaction, writer.commit_transaction):
+        writer.begin_transaction()
+        writer.produce(cluster.full_name(DEAD_EVENTS), items[0].payload)
+        writer.flush(30)
+        end(30)
+
+    letters = kafka.dead_letters().letters(limit)
+    counts = [kafka.dead_letters().requeue(limit), kafka.dead_letters().requeue(limit)]
+
+    assert [letter.payload for letter in letters] == [items[0].payload] * 2
+    assert counts == [2, 0]
+
+
+@pytest.mark.parametrize("gone", [2, 3])
+def test_letters_that_go_while_they_are_looked_for_are_not_waited_for(
+    kafka: KafkaRoad, kafka_url: str, gone: int
+) -> None:
+    """Kafka keeps them for a week: it may be over just now."""
+    items = buried(kafka, [prediction() for _ in range(3)])
+
+    letters = ForgetfulKafka(kafka_url, gone).dead_letters().letters(10)
+
+    assert [letter.payload for letter in letters] == [item.payload for item in items[gone:]]
+
+
+class Forgetful(Consumer):
+    """What a consumer sees of a Kafka that forgets messages once it has told how many there are."""
+
+    def __init__(self, properties: dict[str, Any], forget: Callable[[], object]) -> None:
+        super().__init__(properties)
+        self._forget = forget
+
+    def get_watermark_offsets(self, *args: Any, **options: Any) -> Any:
+        told = super().get_watermark_offsets(*args, **options)
+        self._forget()
+        return told
+
+
+class ForgetfulKafka(Kafka):
+    def __init__(self, url: str, gone: int) -> None:
+        super().__init__(url, partitions=3)
+        self._gone = gone
+
+    def consumer(self, group: str, **properties: Any) -> Consumer:
+        own = {"group.id": self.full_name(group), "auto.offset.reset": "earliest"}
+        return self._made(lambda given: Forgetful(given, self._forget), own | properties)
+
+    def _forget(self) -> None:
+        first = TopicPartition(self.full_name(DEAD_EVENTS), 0, self._gone)
+        with self._admin() as admin:
+            admin.delete_records([first])[first].result()
 
 
 class Mute(Consumer):

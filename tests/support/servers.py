@@ -554,6 +554,9 @@ class KafkaServer(Server):
             "auto.create.topics.enable": "false",
             "offsets.topic.num.partitions": "1",
             "offsets.topic.replication.factor": "1",
+            "transaction.state.log.num.partitions": "1",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
             # A broker that was killed comes back only when the controller has given up its former self.
             "broker.heartbeat.interval.ms": "300",

@@ -527,7 +527,7 @@ class KafkaDeadLetters:
     def _reader(self) -> Iterator[Consumer]:
         """Within the block, what Kafka refuses or does not answer raises EventsUnavailable."""
         trouble = _Trouble()
-        consumer = self._kafka.consumer(_REQUEUE_GROUP, error_cb=trouble)
+        consumer = self._kafka.consumer(_REQUEUE_GROUP, error_cb=trouble, **{"enable.partition.eof": True})
         try:
             yield consumer
         except KafkaException as exc:
@@ -553,9 +553,13 @@ class KafkaDeadLetters:
         while len(messages) < wanted:
             if time.monotonic() > give_up_at:
                 raise self._kafka.unavailable(f"it gave {len(messages)} of {wanted} dead letters")
-            if found := [message for message in consumer.consume(wanted, 0.5) if message.error() is None]:
+            given = consumer.consume(wanted, 0.5)
+            if found := [message for message in given if message.error() is None]:
                 messages += found
                 give_up_at = time.monotonic() + _PATIENCE_S
+            # Some offsets have no message: it went meanwhile, or was compacted, or they are a transaction's own.
+            if any(_is_at(message, end) for message in given):
+                break
         return messages[:limit]
 
 
@@ -635,6 +639,13 @@ def _settled(consumer: Consumer, ask: Callable[[], _Answer]) -> _Answer:
             if exc.args[0].code() not in _NOT_SETTLED or time.monotonic() > give_up_at:
                 raise
             consumer.poll(0.1)
+
+
+def _is_at(message: Message, end: int) -> bool:
+    """True where the message says that there is nothing more to read, up to the offset ``end`` at least."""
+    error, offset = message.error(), message.offset()
+    is_end = error is not None and error.code() == KafkaError._PARTITION_EOF
+    return is_end and offset is not None and offset >= end
 
 
 def _key(message: Message) -> bytes:
