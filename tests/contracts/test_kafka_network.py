@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import pytest
 from proxy import FaultProxy
 from roads import read_batch
 from sample_events import DIGEST, SCHEMA, prediction
-from servers import HOST, KafkaServer, wait_until
+from servers import HOST, KafkaServer, free_port, wait_until
 
 from phoenix_ml.domain.errors import EventsUnavailable
-from phoenix_ml.infrastructure.events.cloudevents import encode_record
+from phoenix_ml.infrastructure.events.cloudevents import Message, encode_record
 from phoenix_ml.infrastructure.events.journal import JournalWriter
 from phoenix_ml.infrastructure.events.kafka import INFERENCE_EVENTS, Kafka, KafkaEvents, KafkaOutbox
 from phoenix_ml.infrastructure.telemetry.catalogue import SHIP_HEARTBEAT
@@ -126,3 +127,50 @@ def test_the_heartbeat_of_shipping_stands_still_while_kafka_hangs(
             stopping.set()
             thread.join(30)
     assert not thread.is_alive()
+
+
+class Outbox(KafkaOutbox):
+    """Tells how many messages wait as a test has it, and sends none of them."""
+
+    def __init__(self, kafka: Kafka, waiting: list[int], look: Callable[[], object]) -> None:
+        super().__init__(kafka)
+        self._waiting = waiting
+        self._look = look
+
+    @property
+    def unacknowledged(self) -> int:
+        return self._waiting.pop(0)
+
+    def send(
+        self, topic: str, messages: Iterable[Message], keep_waiting: Callable[[], None] = lambda: None
+    ) -> list[tuple[bytes, str]]:
+        for _ in messages:
+            keep_waiting()
+            self._look()
+        return []
+
+
+def test_a_smaller_send_than_the_one_before_is_no_progress(tmp_path: Path) -> None:
+    """Where Kafka fails between the two, the heartbeat would beat once while nothing gets through."""
+    settings = fixed_settings(data=tmp_path)
+    kafka = Kafka(f"kafka://{HOST}:{free_port()}", partitions=1)
+    beats: list[float] = []
+
+    def look() -> None:
+        beats.append(float(render(tmp_path, (SHIP_HEARTBEAT,)).rsplit(b" ", 1)[1]))
+
+    with (
+        MetricsWriter(tmp_path / "ship.mmap") as metrics,
+        closing(JournalWriter(settings.journal_folder / "api-0")) as journal,
+        closing(ShipRole(settings, kafka, metrics)) as role,
+    ):
+        role._outbox = Outbox(kafka, [9, 5, 1, 1], look)
+        for _ in range(2):
+            for _ in range(2):
+                journal.append(msgspec.msgpack.encode(prediction()), DIGEST, SCHEMA)
+            role.step(threading.Event())
+            look()
+
+    first, progress, done, *later = beats
+    assert first < progress < done
+    assert later[:2] == [done, done]

@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from phoenix_ml.application.ports import UnreadableEvent
 from phoenix_ml.domain.errors import EventsUnavailable
@@ -91,9 +91,7 @@ class ShipRole:
         if not records and self._waits_since - self._heard_at > _ASK_EVERY_S:
             self._outbox.check(INFERENCE_EVENTS)
             self._heard_at = time.monotonic()
-        refused = self._outbox.send(
-            INFERENCE_EVENTS, self._messages(records, unreadable), lambda: self._keep_waiting(stopping)
-        )
+        refused = self._send(self._messages(records, unreadable), stopping)
         too_large = self._too_large(records, unreadable, dict(refused), stopping) if refused else []
         self._acknowledged.add(len(records) - len(unreadable) - len(too_large))
         for event in (*unreadable, *too_large):
@@ -108,6 +106,11 @@ class ShipRole:
     def close(self) -> None:
         self._outbox.close()
         self._reader.close()
+
+    def _send(self, messages: Iterable[Message], stopping: threading.Event) -> list[tuple[bytes, str]]:
+        # Fewer than wait in another send is no progress.
+        self._unacknowledged = 0
+        return self._outbox.send(INFERENCE_EVENTS, messages, lambda: self._keep_waiting(stopping))
 
     def _messages(self, records: list[JournalRecord], unreadable: list[UnreadableEvent]) -> Iterator[Message]:
         """One at a time: 5,000 at once cost the garbage collector 3 µs each."""
@@ -135,7 +138,7 @@ class ShipRole:
                 continue
             message = encode_record(record.payload, record.schema or b"")
             if message.value in refused:
-                alone = self._outbox.send(INFERENCE_EVENTS, [message], lambda: self._keep_waiting(stopping))
+                alone = self._send([message], stopping)
                 found += [UnreadableEvent(record.payload, reason, record) for _, reason in alone]
         return found
 
